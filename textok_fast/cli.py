@@ -1,0 +1,412 @@
+"""The ``textok-fast`` command.
+
+A caller's mistake ends with one line on stderr and status 2, Ctrl-C with status 130; whatever was finished stays on the disk.
+torch and everything that needs it is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from textok_fast import __version__
+from textok_fast.config import (
+    GENERATOR_SIZES,
+    PRESETS,
+    DataConfig,
+    GeneratorTrainConfig,
+    TokenizerTrainConfig,
+    load_config,
+)
+from textok_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from textok_fast.data import CaptionedImages
+
+Handler = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a caller's mistake, 130 for Ctrl-C."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.command_line = shlex.join(["textok-fast", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        result = args.handler(args)
+        if args.json:
+            print(json.dumps(result, indent=2, ensure_ascii=False))
+        sys.stdout.flush()
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: what was finished is kept; run the same command (training: with --resume) to go on", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(
+                f"the disk is full{f' ({error.filename})' if error.filename else ''}: free some space and run it again"
+            )
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# -- the parser -----------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="textok-fast", description="Text-conditioned image tokenization and generation over few tokens, fast."
+    )
+    parser.add_argument("--version", action="version", version=f"textok-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", run_demo, "train, compare, generate and measure on real pictures; ends with report.html",
+        "textok-fast demo --out runs/demo")  # fmt: skip
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of the report (default: %(default)s)")
+    demo.add_argument(
+        "--source", choices=("emoji", "stamps", "shapes"), default="emoji", help="the pictures (default: %(default)s)"
+    )
+    demo.add_argument("--steps", type=int, default=None, help="training steps of the tokenizers (default: the preset's)")
+    demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs (about a minute)")
+
+    data = commands.add_parser("data", help="fetch and look at captioned pictures", description="Captioned pictures.")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    fetch = _command(kinds, "fetch", run_data_fetch, "fetch pictures into the cache, without root, and say their licence",
+        "textok-fast data fetch emoji")  # fmt: skip
+    fetch.add_argument("source", choices=("emoji", "stamps", "shapes"))
+    fetch.add_argument("--force", action="store_true", help="fetch again even if they are there")
+    preview = _command(kinds, "preview", run_data_preview, "write one sheet of example pictures and captions",
+        "textok-fast data preview --out sheet.png source=emoji image_size=128")  # fmt: skip
+    preview.add_argument("--out", type=Path, default=Path("sheet.png"))
+    preview.add_argument("--count", type=int, default=16)
+    _data_options(preview)
+    make = _command(kinds, "make", run_data_make, "write pictures with captions as PNG and text files",
+        "textok-fast data make --count 100 --out scenes source=emoji image_size=64")  # fmt: skip
+    make.add_argument("--out", type=Path, required=True)
+    make.add_argument("--count", type=int, default=100)
+    _data_options(make)
+
+    train = commands.add_parser("train", help="train a tokenizer or a generator", description="Training; resumable.")
+    kinds = train.add_subparsers(required=True, metavar="COMMAND")
+    tokenizer = _command(kinds, "tokenizer", run_train_tokenizer, "train a TexTok tokenizer",
+        "textok-fast train tokenizer --preset demo run.output_dir=runs/tok model.num_tokens=8")  # fmt: skip
+    _config_options(tokenizer, TokenizerTrainConfig)
+    generator = _command(kinds, "generator", run_train_generator, "train a DiT over a tokenizer's tokens",
+        "textok-fast train generator --preset demo tokenizer=runs/tok/final run.output_dir=runs/dit")  # fmt: skip
+    _config_options(generator, GeneratorTrainConfig)
+
+    encode = _command(commands, "encode", run_encode, "write the tokens of a folder of captioned pictures; resumable",
+        "textok-fast encode --model runs/tok/final --images photos --out tokens")  # fmt: skip
+    encode.add_argument("--model", required=True, help="tokenizer: a directory or a Hub id")
+    encode.add_argument("--images", required=True,
+        help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet), or shards/{000..009}.tar")  # fmt: skip
+    encode.add_argument("--out", type=Path, required=True)
+    encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
+    encode.add_argument("--batch-size", type=int, default=32)
+    encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
+    encode.add_argument("--device", default="auto")
+
+    decode = _command(commands, "decode", run_decode, "turn tokens that `encode` wrote back into pictures; resumable",
+        "textok-fast decode --model runs/tok/final --tokens tokens --out pictures")  # fmt: skip
+    decode.add_argument("--model", required=True, help="tokenizer: a directory or a Hub id")
+    decode.add_argument("--tokens", type=Path, required=True, help="directory that `encode` wrote")
+    decode.add_argument("--out", type=Path, required=True)
+    decode.add_argument("--no-captions", action="store_true", help="decode with the null caption instead of the stored ones")
+    decode.add_argument("--batch-size", type=int, default=32)
+    decode.add_argument("--device", default="auto")
+
+    sample = _command(commands, "sample", run_sample, "generate pictures from captions or classes",
+        'textok-fast sample --model runs/dit/final --prompt "cow top left; red background" --out samples')  # fmt: skip
+    sample.add_argument("--model", required=True, help="directory that `train generator` wrote (its final/)")
+    sample.add_argument("--prompt", action="append", default=[], help="a caption; repeat for several")
+    sample.add_argument("--prompts", type=Path, help="a file with one caption a line")
+    sample.add_argument("--label", action="append", default=[], help="a class, by name or index; repeat for several")
+    sample.add_argument("--count", type=int, default=1, help="pictures for each prompt or label (default: %(default)s)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--steps", type=int, default=50)
+    sample.add_argument("--sampler", default="", help="ddpm or ddim; for a flow euler or heun (default: the first)")
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where LOW <= t <= HIGH"
+    )
+    sample.add_argument("--out", type=Path, required=True)
+    sample.add_argument("--device", default="auto")
+
+    bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
+    kinds = bench.add_subparsers(required=True, metavar="COMMAND")
+    speedup = _command(kinds, "speedup", run_bench_speedup, "time one denoising step of a DiT over few and over many tokens",
+        "textok-fast bench speedup --size XL --tokens 32 1024 4096 --batch 1 --dtype fp32 bf16 --out speedup.json")  # fmt: skip
+    speedup.add_argument("--size", choices=tuple(GENERATOR_SIZES), default="XL")
+    speedup.add_argument("--tokens", type=int, nargs="+", default=[32, 1024, 4096])
+    speedup.add_argument("--batch", type=int, nargs="+", default=[1])
+    speedup.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
+    speedup.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    speedup.add_argument("--rounds", type=int, default=10, help="rounds over all token counts, at most (default: %(default)s)")
+    speedup.add_argument("--min-rounds", type=int, default=3)
+    speedup.add_argument("--warmup", type=int, default=2)
+    speedup.add_argument("--guidance", action="store_true", help="twice the batch, as a guided step runs")
+    speedup.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
+    speedup.add_argument("--device", default="auto")
+    speedup.add_argument("--out", type=Path, help="JSON; a Markdown table and an SVG plot are written beside it")
+
+    _command(commands, "info", run_info, "what is installed, what is lacking and why", "textok-fast info")
+    return parser
+
+
+def _command(group: Any, name: str, handler: Handler, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = group.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    names = ", ".join(sorted(PRESETS[cls])) or "none"
+    parser.add_argument("--preset", help=f"start from named settings: {names}")
+    parser.add_argument("--config", type=Path, help="YAML file with settings, laid over the preset")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.output_dir if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: optim.lr=3e-4 model.size=tiny")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="train", help="train, composition or object; for files train, validation or all")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings: source=emoji objects=128 image_size=64")
+
+
+# -- commands: each returns what --json prints ----------------------------------------------------------------------------
+
+
+def run_demo(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.demo import demo
+
+    return demo(args.out, source=args.source, steps=args.steps, quick=args.quick, command=args.command_line)
+
+
+def run_data_fetch(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.data import fetch
+
+    found = fetch(args.source, force=args.force)
+    _say(args, f"{found.name}: {found.pictures:,} pictures in {found.directory}\n{found.note}\nlicence: {found.licence}")
+    return {
+        "source": found.name,
+        "directory": str(found.directory),
+        "pictures": found.pictures,
+        "licence": found.licence,
+        "note": found.note,
+    }
+
+
+def _dataset(args: argparse.Namespace) -> CaptionedImages:
+    from textok_fast.data import load_dataset
+
+    return load_dataset(load_config(DataConfig, overrides=args.overrides), args.split)
+
+
+def run_data_preview(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.data import contact_sheet
+    from textok_fast.files import write_atomically
+
+    dataset = _dataset(args)
+    sheet = contact_sheet(dataset, args.count)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, lambda path: sheet.save(path, format="PNG"))
+    _say(args, f"{dataset.describe()}\nwrote {args.out}")
+    return {"out": str(args.out), "data": dataset.describe(), "skipped": dataset.skipped}
+
+
+def run_data_make(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.data import materialize
+
+    dataset = _dataset(args)
+    new = materialize(dataset, args.out, args.count)
+    _say(args, f"{dataset.describe()}\nwrote {new} pictures to {args.out} ({min(args.count, len(dataset)) - new} were there)")
+    return {"out": str(args.out), "new": new, "data": dataset.describe(), "skipped": dataset.skipped}
+
+
+def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.training import train_tokenizer
+
+    config = load_config(TokenizerTrainConfig, args.preset, args.config, args.overrides)
+    result = train_tokenizer(config, resume=args.resume, progress=not args.json)
+    _say(args, f"wrote {result.final} (the tokenizer), {result.run / 'log.jsonl'} and {result.run / 'samples'}")
+    return {"run": str(result.run), "final": str(result.final), "last": result.history[-1] if result.history else None}
+
+
+def run_train_generator(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.training import train_generator
+
+    config = load_config(GeneratorTrainConfig, args.preset, args.config, args.overrides)
+    with _progress("tokens", args.json) as advance:
+        result = train_generator(config, resume=args.resume, progress=not args.json, on_cache=advance)
+    _say(args, f"wrote {result.final} (generator and tokenizer) and {result.run / 'log.jsonl'}")
+    return {"run": str(result.run), "final": str(result.final), "last": result.history[-1] if result.history else None}
+
+
+def run_encode(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.inference.folders import encode_folder
+
+    with _progress("encode", args.json) as advance:
+        report = encode_folder(
+            args.model, args.images, args.out, args.format, args.batch_size, args.shard_size, _device(args.device), advance
+        )
+    skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
+    _say(
+        args,
+        f"wrote {report['pictures']} pictures' tokens to {args.out} ({report['shards_reused']} shards were there{skipped})",
+    )
+    return report
+
+
+def run_decode(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.inference.folders import decode_folder
+
+    with _progress("decode", args.json) as advance:
+        report = decode_folder(
+            args.model, args.tokens, args.out, args.batch_size, not args.no_captions, _device(args.device), advance
+        )
+    _say(args, f"wrote {report['new']} pictures to {args.out} ({report['pictures'] - report['new']} were there)")
+    return report
+
+
+def run_sample(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.inference.folders import sample_to_folder
+
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        prompts += _lines(args.prompts)
+    with _progress("sample", args.json) as advance:
+        report = sample_to_folder(
+            args.model,
+            prompts,
+            args.label,
+            args.out,
+            count=args.count,
+            seed=args.seed,
+            steps=args.steps,
+            sampler=args.sampler,
+            guidance=args.guidance,
+            interval=tuple(args.guidance_interval) if args.guidance_interval else None,
+            device=_device(args.device),
+            progress=advance,
+        )
+    _say(args, f"wrote {len(report['images'])} pictures to {args.out} and their tokens to {report['tokens']}")
+    return report
+
+
+def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation import SpeedupConfig, console_table, run_speedup, save
+
+    config = SpeedupConfig(
+        size=args.size,
+        tokens=tuple(args.tokens),
+        batch=tuple(args.batch),
+        dtypes=tuple(args.dtype),
+        threads=args.threads,
+        rounds=max(args.rounds, args.min_rounds),
+        min_rounds=args.min_rounds,
+        warmup=args.warmup,
+        device=args.device,
+        guidance=args.guidance,
+        time_budget_s=args.time_budget,
+    )
+    if args.out is not None:
+        _require_writable(args.out)
+    result = run_speedup(config, command=args.command_line)
+    _say(args, console_table(result))
+    if args.out is not None:
+        _say(args, "wrote " + ", ".join(str(path) for path in save(result, args.out)))
+    return result.to_dict()
+
+
+def run_info(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.info import collect, describe
+
+    found = collect()
+    _say(args, describe(found))
+    return found
+
+
+# -- small things ---------------------------------------------------------------------------------------------------------
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    """For a reader; with --json stdout belongs to the JSON."""
+    print(text, file=sys.stderr if args.json else sys.stdout)
+
+
+class _progress:
+    """A bar on stderr whose callback takes (done, total)."""
+
+    def __init__(self, title: str, silent: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=title, disable=silent, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 20.0)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._advance
+
+    def _advance(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") and not (name.startswith("cuda:") and name[5:].isdigit()):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name} was asked for, but this torch sees no GPU; use --device cpu")
+    return name
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts in {file}: {error}") from None
+    if not found:
+        raise InputError(f"{file} holds no captions: wanted one a line")
+    return found
+
+
+def _require_writable(out: Path) -> None:
+    """Finds out before the work that the result can be written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"cannot write {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,482 @@
+"""Every model and every run as a plain dataclass, and the one table of named sizes.
+
+A configuration is built from a named preset, then a YAML file, then ``key.sub=value`` overrides, each on top of the one
+before (:func:`load_config`). Unknown keys and values of the wrong type are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from textok_fast.errors import InputError
+
+# One table of sizes. ViT sizes are per side (encoder, decoder). "base" is the published TexTok; "small" and "large" have
+# TiTok's widths; "tiny" trains on a CPU. The DiT sizes S to XL are those of Peebles & Xie (2023).
+TOKENIZER_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 192, "depth": 4, "heads": 3, "grid": 8},
+    "small": {"width": 512, "depth": 8, "heads": 8, "grid": 32},
+    "base": {"width": 768, "depth": 12, "heads": 12, "grid": 32},
+    "large": {"width": 1024, "depth": 24, "heads": 16, "grid": 32},
+}
+GENERATOR_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 256, "depth": 6, "heads": 4},
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "XL": {"width": 1152, "depth": 28, "heads": 16},
+}
+# Width of the token features of the text encoders that configurations name most often.
+TEXT_DIMS: dict[str, int] = {
+    "minilm": 384,
+    "google/t5-v1_1-xl": 2048,
+    "google/t5-v1_1-xxl": 4096,
+    "google/flan-t5-xl": 2048,
+    "google/flan-t5-xxl": 4096,
+    "openai/clip-vit-large-patch14": 768,
+    "openai/clip-vit-large-patch14-336": 768,
+}
+# FSQ levels for a codebook of about 2^n entries (Mentzer et al. 2024, table 1).
+FSQ_LEVELS: dict[int, tuple[int, ...]] = {
+    256: (8, 6, 5),
+    1024: (8, 5, 5, 5),
+    4096: (7, 5, 5, 5, 5),
+    16384: (8, 8, 8, 6, 5),
+    65536: (8, 8, 8, 5, 5, 5),
+}
+
+TextSides = Literal["both", "encoder", "decoder", "none"]
+BottleneckKind = Literal["none", "kl", "vq", "fsq"]
+
+
+@dataclass
+class TexTokConfig:
+    """A TexTok tokenizer (arXiv 2412.05796): image and caption -> ``num_tokens`` x ``latent_dim`` -> image.
+
+    ``image_size`` and ``patch_size`` are pixels. ``text`` says which side reads the caption; "none" is the published
+    Baseline-N. ``latent_mean`` and ``latent_std`` (one number a channel) are measured after training, so that ``encode``
+    returns latents of zero mean and unit variance.
+    """
+
+    image_size: int = 256
+    patch_size: int = 8
+    num_tokens: int = 32
+    latent_dim: int = 8
+    text: TextSides = "both"
+    bottleneck: BottleneckKind = "none"
+    width: int = 768
+    encoder_depth: int = 12
+    decoder_depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    text_encoder: str = "minilm"  # "minilm", or a transformers model by name or directory
+    text_dim: int = 384  # D_t, width of the text encoder's token features
+    max_text_tokens: int = 256  # captions are cut after this many tokens
+    text_positions: bool = False  # learned positions on the text tokens, as TA-TiTok; TexTok has a linear projection only
+    text_split: str = ""  # non-empty: captions are cut here and encoded clause by clause, so that clauses are cached
+    codebook_size: int = 4096  # vq
+    normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok
+    fsq_levels: tuple[int, ...] = ()  # fsq; empty: chosen from latent_dim
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.fsq_levels = tuple(self.fsq_levels)
+        self.latent_mean, self.latent_std = tuple(self.latent_mean), tuple(self.latent_std)
+        for name in (
+            "image_size",
+            "patch_size",
+            "num_tokens",
+            "latent_dim",
+            "width",
+            "encoder_depth",
+            "decoder_depth",
+            "heads",
+        ):
+            _require_positive(self, name)
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; choose a patch size that "
+                f"divides it, such as {_near_divisor(self.image_size, self.patch_size)}"
+            )
+        _require_choice("text", self.text, ("both", "encoder", "decoder", "none"))
+        _require_choice("bottleneck", self.bottleneck, ("none", "kl", "vq", "fsq"))
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.bottleneck == "fsq":
+            self.fsq_levels = self.fsq_levels or _default_fsq_levels(self.latent_dim)
+            if len(self.fsq_levels) != self.latent_dim:
+                raise InputError(
+                    f"fsq_levels {self.fsq_levels} has {len(self.fsq_levels)} entries, latent_dim is {self.latent_dim}"
+                )
+            if min(self.fsq_levels) < 2 or math.prod(self.fsq_levels) >= 2**63:
+                raise InputError(f"fsq_levels {self.fsq_levels} must each be at least 2 and multiply to less than 2**63")
+        for name in ("latent_mean", "latent_std"):
+            if getattr(self, name) and len(getattr(self, name)) != self.latent_dim:
+                raise InputError(f"{name} has {len(getattr(self, name))} entries, latent_dim is {self.latent_dim}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def text_in_encoder(self) -> bool:
+        return self.text in ("both", "encoder")
+
+    @property
+    def text_in_decoder(self) -> bool:
+        return self.text in ("both", "decoder")
+
+    @classmethod
+    def named(cls, size: str, **overrides: Any) -> TexTokConfig:
+        """A size from :data:`TOKENIZER_SIZES` with any field overridden.
+
+        Unless ``patch_size`` is given the image becomes the size's grid of patches: 32 x 32 = 1,024, and 8 x 8 for "tiny".
+        ``text_dim`` follows a ``text_encoder`` listed in :data:`TEXT_DIMS`.
+        """
+        row = _size_row(TOKENIZER_SIZES, size)
+        image_size = overrides.get("image_size", cls.image_size)
+        values: dict[str, Any] = {
+            "width": row["width"],
+            "heads": row["heads"],
+            "encoder_depth": row["depth"],
+            "decoder_depth": row["depth"],
+            "patch_size": max(1, image_size // row["grid"]),
+        }
+        if overrides.get("text_encoder") in TEXT_DIMS:
+            values["text_dim"] = TEXT_DIMS[overrides["text_encoder"]]
+        return _construct(cls, {**values, **overrides})
+
+
+@dataclass
+class DiTConfig:
+    """A diffusion transformer (arXiv 2212.09748) over ``num_tokens`` 1-D tokens, or over 2-D patches of an
+    ``input_size`` x ``input_size`` grid with ``in_channels`` channels (then ``num_tokens`` must stay 0).
+
+    Conditioning: class labels when ``num_classes`` > 0; captions by cross-attention when ``text_dim`` > 0; a sequence of image
+    tokens, such as a low-resolution picture's, joined to the sequence when ``image_token_dim`` > 0.
+    """
+
+    num_tokens: int = 0
+    input_size: int = 0
+    patch_size: int = 1
+    in_channels: int = 8
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    condition_dropout: float = 0.1  # chance that a training sample loses its label and caption, for guidance
+    time_scale: float = 1.0  # t is multiplied by this before its embedding; 1000 for a flow's t in [0, 1]
+    learn_sigma: bool = True  # twice the output channels; the second half interpolates the log-variance
+    text_dim: int = 0
+    image_token_dim: int = 0
+    num_image_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_channels", "width", "depth", "heads"):
+            _require_positive(self, name)
+        if bool(self.num_tokens) == bool(self.input_size):
+            raise InputError(
+                f"give either num_tokens (1-D tokens) or input_size (a 2-D grid), not both or neither: "
+                f"num_tokens={self.num_tokens}, input_size={self.input_size}"
+            )
+        if self.input_size % self.patch_size:
+            raise InputError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.num_tokens and self.patch_size != 1:
+            raise InputError(f"1-D tokens have patch_size 1, got {self.patch_size}")
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if bool(self.image_token_dim) != bool(self.num_image_tokens):
+            raise InputError("image_token_dim and num_image_tokens must be given together")
+        if not 0.0 <= self.condition_dropout < 1.0:
+            raise InputError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
+
+    @property
+    def sequence_length(self) -> int:
+        """Transformer tokens N that carry the sample (image tokens not counted)."""
+        return self.num_tokens or (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @classmethod
+    def named(cls, size: str, **overrides: Any) -> DiTConfig:
+        """A size from :data:`GENERATOR_SIZES` with any field overridden."""
+        return _construct(cls, {**_size_row(GENERATOR_SIZES, size), **overrides})
+
+
+@dataclass
+class DataConfig:
+    """Captioned pictures. ``source``: "emoji" (default), "stamps" or "shapes" compose scenes of 1 to ``scene_objects`` objects;
+    "folder" and "webdataset" read ``path``."""
+
+    source: Literal["emoji", "stamps", "shapes", "folder", "webdataset"] = "emoji"
+    path: str = ""
+    image_size: int = 64
+    objects: int = 128  # scenes: how many distinct objects to use; 0 means all
+    scene_objects: int = 4  # scenes: at most this many objects a scene
+    min_scene_objects: int = 1
+    held_out_objects: int = 32  # scenes: further objects that training never sees
+    seed: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    final_lr: float = 0.02
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        self.betas = (self.betas[0], self.betas[1])
+
+
+@dataclass
+class LossConfig:
+    """Weights of the tokenizer's loss terms."""
+
+    l2: float = 1.0
+    gradient: float = 0.0  # l1 between image gradients at three scales: a cheap perceptual stand-in, nothing to download
+    kl: float = 1e-6
+    codebook: float = 1.0
+    commitment: float = 0.25
+
+
+@dataclass
+class RunConfig:
+    """What every training run shares. ``batch_size`` is per process and per accumulation step."""
+
+    output_dir: str = "runs/textok"
+    steps: int = 1000
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+    workers: int = 0  # data-loader processes
+    log_every: int = 20
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+
+@dataclass
+class TokenizerTrainConfig:
+    """``textok-fast train tokenizer``."""
+
+    model: TexTokConfig = field(default_factory=lambda: TexTokConfig.named("tiny", image_size=64))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    caption_dropout: float = 0.1  # chance that a training caption becomes the null caption
+
+    def __post_init__(self) -> None:
+        if self.data.image_size != self.model.image_size:
+            raise InputError(
+                f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} must be equal"
+            )
+
+
+@dataclass
+class GeneratorTrainConfig:
+    """``textok-fast train generator``: a DiT over the tokens of ``tokenizer`` (a directory or Hub id)."""
+
+    tokenizer: str = "runs/textok/final"
+    model: DiTConfig = field(default_factory=lambda: DiTConfig.named("tiny", num_tokens=4, num_classes=0, text_dim=384))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/generator"))
+    objective: Literal["gaussian", "flow"] = "flow"
+    cache_images: int = 8192  # pictures whose tokens are computed once and trained on
+    token_cache: str = ""  # directory of the cached tokens; default: inside the run
+
+
+# -- named presets and loading ------------------------------------------------------------------------------------------
+
+PRESETS: dict[type, dict[str, dict[str, Any]]] = {TokenizerTrainConfig: {}, GeneratorTrainConfig: {}}
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], preset: str | None = None, file: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
+    """Builds ``cls`` from a preset, a YAML file and ``key.sub=value`` strings, later ones winning.
+
+    A nested ``size`` key (``model.size=base``) takes its row from the table of sizes. Raises :class:`InputError` for an
+    unknown preset, a missing or malformed file, an unknown key or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        known = PRESETS.get(cls, {})
+        if preset not in known:
+            raise InputError(f"unknown preset {preset!r}; known: {', '.join(sorted(known)) or 'none'}")
+        values = _merge(values, known[preset])
+    if file is not None:
+        values = _merge(values, read_yaml(file))
+    for item in overrides:
+        values = _merge(values, _parse_override(item))
+    return from_mapping(cls, values)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; :class:`InputError` when there is none."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the configuration {file}: {error}") from None
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{file} must hold a mapping of settings, found {type(loaded).__name__}")
+    return loaded
+
+
+def from_mapping(cls: type[C], values: Mapping[str, Any]) -> C:
+    """``cls`` from plain values, fields that are left out keeping their defaults. Types are checked, strings converted."""
+    complete = _fill_nested(cls, values)
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cls).validate_python(complete)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InputError):
+            raise cause from None
+        where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        raise InputError(f"{cls.__name__}: {where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain, JSON- and YAML-ready values of a configuration."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+@functools.cache
+def _adapter(cls: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    def forbid_extra(kind: type, seen: set[type]) -> None:
+        if kind in seen:
+            return
+        seen.add(kind)
+        with_config(ConfigDict(extra="forbid"))(kind)
+        for item in dataclasses.fields(kind):
+            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+            if dataclasses.is_dataclass(default):
+                forbid_extra(type(default), seen)
+
+    forbid_extra(cls, set())
+    return TypeAdapter(cls)
+
+
+def _fill_nested(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolves ``size`` and lays partial nested mappings over the nested defaults."""
+    values = dict(values)
+    size = values.pop("size", None)
+    if size is not None and hasattr(cls, "named"):
+        named = to_dict(cls.named(str(size), **_size_inputs(cls, values)))
+        derived = {"fsq_levels"}  # depends on fields that may still change below
+        values = _merge({k: v for k, v in named.items() if k not in derived}, values)
+    elif size is not None:
+        raise InputError(f"{cls.__name__} has no named sizes (got size={size!r})")
+    for item in dataclasses.fields(cls):
+        if item.name in values and item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+            given = values[item.name]
+            if dataclasses.is_dataclass(default) and isinstance(given, Mapping):
+                if "size" not in given:
+                    given = _merge(to_dict(default), given)
+                values[item.name] = _fill_nested(type(default), given)
+    return values
+
+
+def _size_inputs(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that ``named`` derives others from, typed, so that ``model.size=tiny model.image_size=64`` works."""
+    wanted = ("image_size", "patch_size", "text_encoder") if cls is TexTokConfig else ("num_tokens", "input_size", "patch_size")
+    return {name: (int(values[name]) if name != "text_encoder" else values[name]) for name in wanted if name in values}
+
+
+def _parse_override(item: str) -> dict[str, Any]:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        raise InputError(f"an override is written key=value or key.sub=value, got {item!r}")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) else value
+        )
+    return merged
+
+
+def _construct(cls: type[C], values: dict[str, Any]) -> C:
+    unknown = set(values) - {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown:
+        raise InputError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    return cls(**values)
+
+
+def _size_row(table: dict[str, dict[str, int]], size: str) -> dict[str, int]:
+    if size not in table:
+        raise InputError(f"unknown size {size!r}; known: {', '.join(table)}")
+    return table[size]
+
+
+def _require_positive(config: Any, name: str) -> None:
+    if getattr(config, name) < 1:
+        raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _near_divisor(size: int, patch: int) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - patch), d))
+
+
+def _default_fsq_levels(latent_dim: int) -> tuple[int, ...]:
+    for levels in FSQ_LEVELS.values():
+        if len(levels) == latent_dim:
+            return levels
+    return (4,) * latent_dim

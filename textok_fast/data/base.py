@@ -1,0 +1,82 @@
+"""What every source of captioned pictures looks like to the rest of the library."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One captioned picture."""
+
+    image: np.ndarray  # (S, S, 3) uint8 RGB
+    caption: str
+    label: int  # class, an index into label_names; 0 when the source has no classes
+    key: str  # unique in its data set, stable, safe as a file name
+
+
+class CaptionedImages(ABC):
+    """A map-style data set of :class:`Example`; works with ``torch.utils.data.DataLoader`` and :func:`collate`.
+
+    Attributes:
+        label_names: names of the classes; empty when the source has none.
+        skipped: how many pictures were left out, by reason.
+    """
+
+    label_names: list[str]
+    skipped: dict[str, int]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    @abstractmethod
+    def captions_by_label(self, limit: int) -> dict[int, list[str]]:
+        """At most ``limit`` distinct captions for each class, without rendering or decoding a picture.
+
+        A class for which this split has no caption is left out.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One paragraph: where the pictures come from, their licence and how many there are."""
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def _position(self, index: int) -> int:
+        """``index`` with Python's negative indices resolved; ``IndexError`` outside the data set."""
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {index} is outside a data set of {len(self)}")
+        return int(position)
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """A batch: ``images`` uint8 (B, S, S, 3), ``captions`` list of str, ``labels`` int64 (B,), ``keys`` list of str."""
+    import torch  # here, so that fetching and looking at pictures starts at once
+
+    return {
+        "images": torch.from_numpy(np.stack([example.image for example in examples])),  # (B, S, S, 3)
+        "captions": [example.caption for example in examples],
+        "labels": torch.tensor([example.label for example in examples], dtype=torch.int64),  # (B,)
+        "keys": [example.key for example in examples],
+    }
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on ``parts`` only: the same in every process, on every machine and under every library version."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def describe_skipped(skipped: dict[str, int]) -> str:
+    """The counts in words, like "; skipped: 2 corrupt image, 1 missing caption", or nothing."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
+    return f"; skipped: {counts}" if counts else ""

@@ -1,0 +1,186 @@
+"""Tokens of a whole data set on disk: computed once, resumable, read by the generator's training and by ``decode``.
+
+A directory holds index.json (what made the tokens) and tokens-00000.safetensors, tokens-00001.safetensors, ...: each with
+``tokens`` (n, N, d) float32, ``labels`` (n,) int64, for discrete tokenizers ``indices`` (n, N) int64, and in its header the
+keys and captions. A shard appears complete or not at all, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from textok_fast.data.base import CaptionedImages, collate
+from textok_fast.errors import InputError
+from textok_fast.files import write_atomically
+
+INDEX_NAME = "index.json"
+_SHARD = re.compile(r"tokens-\d{5,}\.safetensors")
+
+EncodeFn = Callable[[Tensor, list[str]], dict[str, Tensor]]  # uint8 (B, S, S, 3), captions -> tokens and maybe indices
+
+
+def write_token_shards(
+    directory: Path,
+    dataset: CaptionedImages,
+    encode: EncodeFn,
+    *,
+    identity: dict[str, Any],
+    count: int | None = None,
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Encodes the first ``count`` pictures of ``dataset`` (all by default) into ``directory``; returns how many shards were
+    already there.
+
+    ``identity`` says what the tokens are made of (tokenizer, data); a directory made of something else is refused.
+    ``progress`` is called with (pictures done, pictures in all).
+    """
+    total = len(dataset) if count is None else min(count, len(dataset))
+    index = {**identity, "count": total, "shard_size": shard_size}
+    directory.mkdir(parents=True, exist_ok=True)
+    claim_index(directory, index)
+    reused = 0
+    for number, first, last in shard_ranges(total, shard_size):
+        path = directory / f"tokens-{number:05d}.safetensors"
+        if is_complete(path):
+            reused += 1
+        else:
+            tensors, keys, captions = encode_range(dataset, encode, first, last, batch_size, progress, total)
+            metadata = {"keys": json.dumps(keys), "captions": json.dumps(captions)}
+            write_atomically(path, lambda target, t=tensors, m=metadata: save_file(t, target, metadata=m))  # type: ignore[misc]
+        if progress is not None:
+            progress(last, total)
+    return reused
+
+
+def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:
+    """(number, first, last + 1) of each shard of ``total`` pictures."""
+    return [(n, first, min(first + shard_size, total)) for n, first in enumerate(range(0, total, shard_size))]
+
+
+def encode_range(
+    dataset: CaptionedImages,
+    encode: EncodeFn,
+    first: int,
+    last: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    total: int,
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Pictures ``first`` to ``last`` - 1 as tensors (tokens, labels, maybe indices), keys and captions."""
+    parts: dict[str, list[Tensor]] = {}
+    keys: list[str] = []
+    captions: list[str] = []
+    for start in range(first, last, batch_size):
+        batch = collate([dataset[i] for i in range(start, min(start + batch_size, last))])
+        for name, value in {**encode(batch["images"], batch["captions"]), "labels": batch["labels"]}.items():
+            parts.setdefault(name, []).append(value.cpu())
+        keys += batch["keys"]
+        captions += batch["captions"]
+        if progress is not None:
+            progress(min(start + batch_size, last), total)
+    tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
+    return tensors, keys, captions
+
+
+def claim_index(directory: Path, index: dict[str, Any]) -> None:
+    """Writes index.json, or checks that the one there says the same; InputError when it does not."""
+    path = directory / INDEX_NAME
+    if path.exists():
+        found = read_index(directory)
+        if found != index:
+            changed = [key for key in {*found, *index} if found.get(key) != index.get(key)]
+            raise InputError(
+                f"{directory} holds tokens made otherwise ({', '.join(sorted(changed))} differ); choose another directory"
+            )
+        return
+    write_atomically(path, lambda target: target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """The contents of index.json; InputError when the directory holds no tokens."""
+    try:
+        index = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} holds no tokens: there is no {INDEX_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {directory / INDEX_NAME}: {error}") from None
+    if not isinstance(index, dict):
+        raise InputError(f"{directory / INDEX_NAME} is not a mapping")
+    return index
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a shard is there and its header can be read."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """The directory's token shards in order; InputError when there are none."""
+    paths = sorted(path for path in directory.glob("tokens-*.safetensors") if _SHARD.fullmatch(path.name))
+    if not paths:
+        raise InputError(f"{directory} holds no token shards (tokens-00000.safetensors, ...)")
+    return paths
+
+
+class TokenDataset(Dataset[dict[str, Any]]):
+    """The tokens of a directory of shards, in memory: {tokens (N, d), label, caption, key, indices (N,) or absent}."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        directory = Path(directory)
+        self.index = read_index(directory)
+        self.captions: list[str] = []
+        self.keys: list[str] = []
+        parts: dict[str, list[Tensor]] = {}
+        for path in shard_paths(directory):
+            try:
+                with safe_open(path, "pt") as shard:
+                    metadata = shard.metadata()
+                    self.captions += json.loads(metadata["captions"])
+                    self.keys += json.loads(metadata["keys"])
+                    for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                        parts.setdefault(name, []).append(shard.get_tensor(name))
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                raise InputError(f"cannot read the token shard {path}: {error}; remove it and encode again") from None
+        tensors = {name: torch.cat(values) for name, values in parts.items()}
+        self.tokens, self.labels, self.indices = tensors["tokens"], tensors["labels"], tensors.get("indices")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {
+            "tokens": self.tokens[index],
+            "label": self.labels[index],
+            "caption": self.captions[index],
+            "key": self.keys[index],
+        }
+        if self.indices is not None:
+            item["indices"] = self.indices[index]
+        return item
+
+
+def collate_tokens(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of :class:`TokenDataset`: tokens (B, N, d), labels (B,), captions and keys as lists."""
+    return {
+        "tokens": torch.stack([item["tokens"] for item in items]),  # (B, N, d)
+        "labels": torch.stack([item["label"] for item in items]),  # (B,)
+        "captions": [item["caption"] for item in items],
+        "keys": [item["key"] for item in items],
+    }

@@ -1,0 +1,46 @@
+"""Noise schedules, training losses, samplers and guidance. No network lives here: a model is any ``(x, t) -> output``."""
+
+from __future__ import annotations
+
+from textok_fast.diffusion.flow import FlowMatching
+from textok_fast.diffusion.gaussian import GaussianDiffusion, MeanVariance
+from textok_fast.diffusion.guidance import GuidedModel, classifier_free_guidance, guided, merge_conditions
+from textok_fast.diffusion.noise import draw_noise, generators_for_seeds, noise_for_seeds, step_generators
+from textok_fast.diffusion.samplers import (
+    SAMPLERS,
+    ddim_step,
+    ddpm_step,
+    sample,
+    sample_ddim,
+    sample_ddpm,
+    sample_euler,
+    sample_heun,
+)
+from textok_fast.diffusion.schedule import betas_for, respaced_timesteps
+from textok_fast.diffusion.tensors import ModelFn, channel_dim
+
+__all__ = [
+    "SAMPLERS",
+    "FlowMatching",
+    "GaussianDiffusion",
+    "GuidedModel",
+    "MeanVariance",
+    "ModelFn",
+    "betas_for",
+    "channel_dim",
+    "classifier_free_guidance",
+    "ddim_step",
+    "ddpm_step",
+    "draw_noise",
+    "generators_for_seeds",
+    "guided",
+    "merge_conditions",
+    "noise_for_seeds",
+    "respaced_timesteps",
+    "sample",
+    "sample_ddim",
+    "sample_ddpm",
+    "sample_euler",
+    "sample_heun",
+    "step_generators",
+]

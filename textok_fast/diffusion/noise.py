@@ -1,0 +1,76 @@
+"""Noise that belongs to a sample, not to a batch: a picture depends on its seed and on nothing else that is drawn with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from textok_fast.errors import InputError
+
+# One generator for a whole batch, one for each sample, or None for torch's global one.
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+_MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits; a larger seed would silently repeat a smaller one
+
+
+def generators_for_seeds(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator for each seed (0 to 2**32 - 1), as ``torch.Generator().manual_seed(seed)``.
+
+    They are CPU generators on purpose: the same seed then gives the same noise on every device.
+    """
+    for seed in seeds:
+        if isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
+            raise InputError(f"a seed is an integer from 0 to {_MAX_SEED}, got {seed!r}")
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def step_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each seed for the noise drawn *during* sampling (DDPM, or DDIM with eta > 0).
+
+    Their streams differ from those of :func:`noise_for_seeds`: with the same ones the first step would add the initial
+    noise a second time.
+    """
+    generators_for_seeds(seeds)  # the same check of the seeds
+    return generators_for_seeds([_mix(int(seed)) for seed in seeds])
+
+
+def noise_for_seeds(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Initial noise (B, *shape), sample i drawn from seed i alone. ``shape`` is one sample's: (N, d) or (C, H, W)."""
+    return draw_noise((len(seeds), *shape), generators_for_seeds(seeds), device, dtype)  # (B, *shape)
+
+
+def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Standard normal noise of ``shape`` (B, ...). A list of B generators draws each sample from its own.
+
+    It is drawn in float32 on the generator's device (float64 if ``dtype`` is float64), then moved, so that neither the
+    device nor the precision of the model changes it.
+    """
+    draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if generator is None:
+        return torch.randn(tuple(shape), device=device, dtype=draw_dtype).to(dtype)
+    if isinstance(generator, torch.Generator):
+        noise = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=draw_dtype)
+        return noise.to(device=device, dtype=dtype)
+    if len(generator) != shape[0]:
+        raise InputError(f"{len(generator)} generators for a batch of {shape[0]}; give one for each sample")
+    if not generator:
+        return torch.empty(tuple(shape), device=device, dtype=dtype)
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=draw_dtype) for g in generator]
+    return torch.stack(rows).to(device=device, dtype=dtype)  # (B, ...)
+
+
+def _mix(seed: int) -> int:
+    """The SplitMix64 finalizer (Steele et al. 2014), cut to 32 bits: neighbouring seeds become unrelated ones."""
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) & _MAX_SEED

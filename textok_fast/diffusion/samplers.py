@@ -1,0 +1,237 @@
+"""From noise to samples. Every sampler is one short loop; :func:`sample` picks one by name.
+
+Times are known on the host, so that no loop reads from the device. The state is kept in float32 (float64 for the ODE samplers,
+as SiT's), the model gets it in the dtype of ``noise``, and the result has the dtype of ``noise``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from textok_fast.diffusion.flow import FlowMatching
+from textok_fast.diffusion.gaussian import GaussianDiffusion
+from textok_fast.diffusion.noise import Generators, draw_noise
+from textok_fast.diffusion.tensors import ModelFn, require_same_shape, work_dtype
+from textok_fast.errors import InputError
+
+Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all), called after every step
+
+# Which objective a model must have been trained with for a sampler.
+SAMPLERS: dict[str, Literal["gaussian", "flow"]] = {"ddpm": "gaussian", "ddim": "gaussian", "euler": "flow", "heun": "flow"}
+
+
+def sample(
+    name: str,
+    model: ModelFn,
+    noise: Tensor,
+    steps: int | str | None,
+    diffusion: GaussianDiffusion | FlowMatching | None = None,
+    generator: Generators = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Tensor:
+    """Samples of noise's shape (B, C, H, W) or (B, N, d) and dtype, with the sampler ``name`` of :data:`SAMPLERS`.
+
+    Args:
+        model: ``(x (B, ...), t (B,)) -> output``, possibly :func:`guided`; t is the training step, or in [0, 1] for flow.
+        noise: standard normal.
+        steps: how many, or a respacing such as "ddim50" of the Gaussian ``diffusion``; None takes ``diffusion`` as it is.
+        diffusion: the process the model was trained with; needed by ddpm and ddim.
+        generator: for noise during sampling (ddpm; ddim with eta > 0): one, or one for each sample (:func:`step_generators`).
+        options: of the sampler: ``clip_denoised``, ``step_noise`` (ddpm, ddim), ``eta`` (ddim), ``t_start``, ``t_end`` (flow).
+
+    Raises:
+        InputError: unknown sampler, one that does not suit the objective, or impossible steps.
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    if diffusion is not None and diffusion.objective != SAMPLERS[name]:
+        suitable = ", ".join(known for known, objective in SAMPLERS.items() if objective == diffusion.objective)
+        raise InputError(
+            f"sampler {name!r} needs a {SAMPLERS[name]} model, this one was trained as {diffusion.objective}; use {suitable}"
+        )
+    if SAMPLERS[name] == "flow":
+        if not isinstance(steps, int):
+            raise InputError(f"sampler {name!r} takes a number of steps, got {steps!r}")
+        ode_sampler = sample_euler if name == "euler" else sample_heun
+        return ode_sampler(model, noise, steps, progress=progress, **options)
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise InputError(f"sampler {name!r} needs diffusion=GaussianDiffusion(...), the process the model was trained with")
+    spaced = diffusion if steps is None else diffusion.respaced(steps)
+    gaussian_sampler = sample_ddpm if name == "ddpm" else sample_ddim
+    return gaussian_sampler(spaced, model, noise, generator=generator, progress=progress, **options)
+
+
+@torch.no_grad()
+def sample_ddpm(
+    diffusion: GaussianDiffusion,
+    model: ModelFn,
+    noise: Tensor,
+    *,
+    generator: Generators = None,
+    step_noise: Tensor | Sequence[Tensor] | None = None,
+    clip_denoised: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) over all steps of ``diffusion``.
+
+    ``step_noise`` (num_steps, B, ...), in the order used, replaces ``generator``; its last entry is not used, since the step
+    to data adds no noise.
+    """
+    _require_step_noise(step_noise, diffusion.num_steps, noise)
+    x = noise.to(work_dtype(noise.dtype))  # (B, ...)
+    for done, index in enumerate(reversed(range(diffusion.num_steps))):
+        output = _evaluate(model, x, int(diffusion.timestep_map[index]), torch.int64, noise.dtype)
+        fresh = _step_noise(step_noise, done, generator, x) if index > 0 else None  # (B, ...)
+        x = ddpm_step(diffusion, output, x, index, fresh, clip_denoised)  # (B, ...)
+        if progress is not None:
+            progress(done + 1, diffusion.num_steps)
+    return x.to(noise.dtype)
+
+
+def ddpm_step(
+    diffusion: GaussianDiffusion, output: Tensor, x: Tensor, index: int, noise: Tensor | None, clip_denoised: bool = False
+) -> Tensor:
+    """x_{t-1} ~ p(x_{t-1} | x_t), (B, ...), in float32; without ``noise`` its mean."""
+    step = diffusion.mean_variance(output, x, index, clip_denoised)
+    return step.mean if noise is None else step.mean + torch.exp(0.5 * step.log_variance) * noise  # (B, ...)
+
+
+@torch.no_grad()
+def sample_ddim(
+    diffusion: GaussianDiffusion,
+    model: ModelFn,
+    noise: Tensor,
+    *,
+    eta: float = 0.0,
+    generator: Generators = None,
+    step_noise: Tensor | Sequence[Tensor] | None = None,
+    clip_denoised: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502) over all steps of ``diffusion``. ``eta`` 0 draws nothing; 1 has the posterior's variance.
+
+    ``step_noise`` as in :func:`sample_ddpm`, read only when ``eta`` > 0.
+    """
+    _require_step_noise(step_noise, diffusion.num_steps, noise)
+    x = noise.to(work_dtype(noise.dtype))  # (B, ...)
+    for done, index in enumerate(reversed(range(diffusion.num_steps))):
+        output = _evaluate(model, x, int(diffusion.timestep_map[index]), torch.int64, noise.dtype)
+        fresh = _step_noise(step_noise, done, generator, x) if index > 0 and eta > 0 else None  # (B, ...)
+        x = ddim_step(diffusion, output, x, index, eta, fresh, clip_denoised)  # (B, ...)
+        if progress is not None:
+            progress(done + 1, diffusion.num_steps)
+    return x.to(noise.dtype)
+
+
+def ddim_step(
+    diffusion: GaussianDiffusion,
+    output: Tensor,
+    x: Tensor,
+    index: int,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    clip_denoised: bool = False,
+) -> Tensor:
+    """One DDIM step (equation 12), (B, ...), in float32: sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma noise, with
+    sigma = eta sqrt((1 - a_prev) / (1 - a) (1 - a / a_prev)). Without ``noise`` its last term is left out."""
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be in [0, 1], got {eta}")
+    x = x.to(work_dtype(x.dtype))
+    pred_x0 = diffusion.mean_variance(output, x, index, clip_denoised).pred_x0  # (B, ...)
+    eps = diffusion.predict_noise(pred_x0, x, index)  # (B, ...), again from pred_x0, which may have been clamped
+    a_prev = float(diffusion.alphas_cumprod_prev[index])
+    variance = eta**2 * float(diffusion.posterior_variance[index])
+    mean = math.sqrt(a_prev) * pred_x0 + math.sqrt(max(1 - a_prev - variance, 0.0)) * eps  # (B, ...)
+    return mean if noise is None else mean + math.sqrt(variance) * noise  # (B, ...)
+
+
+@torch.no_grad()
+def sample_euler(
+    model: ModelFn,
+    noise: Tensor,
+    steps: int,
+    *,
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The probability flow dx/dt = v(x, t) from ``t_start`` (noise) to ``t_end`` (data) in equal Euler steps."""
+    grid = _time_grid(steps, t_start, t_end)
+    x = noise.double()  # (B, ...)
+    for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
+        x = x + (t_next - t) * _velocity(model, x, t, noise)  # (B, ...)
+        if progress is not None:
+            progress(done, steps)
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def sample_heun(
+    model: ModelFn,
+    noise: Tensor,
+    steps: int,
+    *,
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """As :func:`sample_euler` by Heun's second-order method: 2 steps - 1 evaluations of the model.
+
+    The last step is an Euler step, as in EDM (arXiv 2206.00364) and the samplers of REPA and SoftVQ-VAE: a model is not
+    trained on data without noise. The order stays 2, since one Euler step's error is of second order.
+    """
+    grid = _time_grid(steps, t_start, t_end)
+    x = noise.double()  # (B, ...)
+    for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
+        slope = _velocity(model, x, t, noise)  # (B, ...)
+        if done < steps:
+            ahead = _velocity(model, x + (t_next - t) * slope, t_next, noise)  # (B, ...)
+            slope = 0.5 * (slope + ahead)  # (B, ...)
+        x = x + (t_next - t) * slope  # (B, ...)
+        if progress is not None:
+            progress(done, steps)
+    return x.to(noise.dtype)
+
+
+def _time_grid(steps: int, t_start: float, t_end: float) -> list[float]:
+    if steps < 1:
+        raise InputError(f"sampling takes at least 1 step, got {steps}")
+    if not 0 <= t_end < t_start <= 1:
+        raise InputError(f"times run from t_start down to t_end within [0, 1], got {t_start} to {t_end}")
+    grid: list[float] = torch.linspace(t_start, t_end, steps + 1, dtype=torch.float64).tolist()
+    return grid
+
+
+def _velocity(model: ModelFn, x: Tensor, time: float, noise: Tensor) -> Tensor:
+    velocity = _evaluate(model, x, time, work_dtype(noise.dtype), noise.dtype)  # (B, ...)
+    require_same_shape("the velocity", velocity, x)
+    return velocity.double()
+
+
+def _evaluate(model: ModelFn, x: Tensor, time: float, time_dtype: torch.dtype, x_dtype: torch.dtype) -> Tensor:
+    """The model at a time that is the same for the batch. A model with ``at_time`` first chooses how to run there."""
+    at_time = getattr(model, "at_time", None)
+    step_model: ModelFn = model if at_time is None else at_time(time)
+    t = torch.full((x.shape[0],), time, dtype=time_dtype, device=x.device)  # (B,)
+    return step_model(x.to(x_dtype), t)
+
+
+def _step_noise(step_noise: Tensor | Sequence[Tensor] | None, done: int, generator: Generators, x: Tensor) -> Tensor:
+    if step_noise is not None:
+        return step_noise[done].to(device=x.device, dtype=x.dtype)  # (B, ...)
+    return draw_noise(x.shape, generator, x.device, x.dtype)  # (B, ...)
+
+
+def _require_step_noise(step_noise: Tensor | Sequence[Tensor] | None, steps: int, noise: Tensor) -> None:
+    if step_noise is None:
+        return
+    if len(step_noise) != steps:
+        raise InputError(f"step_noise has {len(step_noise)} entries, wanted {steps}, one for each step")
+    require_same_shape("step_noise[0]", step_noise[0], noise)

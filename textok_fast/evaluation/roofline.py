@@ -1,0 +1,261 @@
+"""What this machine can do at most, measured, and what it is: the yardstick every speed is told against."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import textok_fast
+from textok_fast.errors import InputError
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# (rows, inner, columns) of x @ W^T. Squares, and the first MLP product of DiT-XL over 1,024 tokens.
+CPU_SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (1024, 1152, 4608))
+CUDA_SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 1152, 4608))
+CPU_COPY_BYTES = 256 * 2**20  # well above the caches of a CPU
+CUDA_COPY_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best rates seen on this device in this dtype with this many threads.
+
+    ``matmul_flops``: FLOP/s of the fastest torch matrix product (1 multiply-add = 2 FLOP), at ``matmul_shape`` (rows,
+    inner, columns). ``read_bytes``: bytes/s read by a sum over a large tensor. ``copy_bytes``: bytes/s of a large
+    copy, bytes read plus bytes written.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    matmul_flops: float
+    matmul_shape: tuple[int, int, int]
+    read_bytes: float
+    copy_bytes: float
+
+    def better(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements of the same device, dtype and threads, rate by rate."""
+        best = self if self.matmul_flops >= other.matmul_flops else other
+        return dataclasses.replace(
+            best,
+            read_bytes=max(self.read_bytes, other.read_bytes),
+            copy_bytes=max(self.copy_bytes, other.copy_bytes),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "matmul_shape": list(self.matmul_shape)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Ceilings:
+        return cls(**{**values, "matmul_shape": tuple(values["matmul_shape"])})
+
+
+def measure_ceilings(
+    device: str | torch.device = "cpu",
+    dtype: str = "fp32",
+    threads: int | None = None,
+    shapes: tuple[tuple[int, int, int], ...] | None = None,
+    copy_size: int | None = None,
+    seconds: float = 0.4,
+) -> Ceilings:
+    """Measures :class:`Ceilings` of one device and dtype, each rate as the best repetition within about ``seconds``.
+
+    ``shapes``: (rows, inner, columns) of the products to try; ``copy_size``: bytes of the tensor that is read and copied.
+    Raises :class:`InputError` for an unknown dtype or a device that is not there.
+    """
+    device, kind = resolve_device(device), torch_dtype(dtype)
+    on_cuda = device.type == "cuda"
+    shapes = shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES)
+    copy_size = copy_size or (CUDA_COPY_BYTES if on_cuda else CPU_COPY_BYTES)
+    with use_threads(threads), torch.inference_mode():
+        rates = {}
+        for rows, inner, columns in shapes:
+            left = torch.randn(rows, inner, device=device, dtype=kind)
+            weight = torch.randn(columns, inner, device=device, dtype=kind)
+            product = _product(left, weight)
+            rates[rows, inner, columns] = 2 * rows * inner * columns / _best_seconds(product, device, seconds)
+        best = max(rates, key=lambda shape: rates[shape])
+        source = torch.zeros(max(1, copy_size // 4), device=device)
+        source.fill_(1.0)  # touches every page; zero pages may be one shared page
+        target = torch.empty_like(source).fill_(0.0)
+        size = source.numel() * source.element_size()
+        read = size / _best_seconds(lambda: source.sum(), device, seconds)
+        copy = 2 * size / _best_seconds(lambda: target.copy_(source), device, seconds)
+        return Ceilings(str(device), dtype, torch.get_num_threads(), rates[best], best, read, copy)
+
+
+def _product(left: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: torch.nn.functional.linear(left, weight)  # (rows, columns)
+
+
+def _best_seconds(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    time_call(call, device)
+    best, spent, count = float("inf"), 0.0, 0
+    while count < 3 or (spent < seconds and count < 200):
+        wall, _ = time_call(call, device)
+        best, spent, count = min(best, wall), spent + wall, count + 1
+    return best
+
+
+def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(wall, processor) seconds of one call, waiting for the device. On CUDA the wall time is between two events on the
+    current stream; the processor time is the host process's, all its threads together."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            processor = time.process_time()
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000, time.process_time() - processor
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    return max(time.perf_counter() - wall, 1e-9), time.process_time() - processor
+
+
+def count_flops(fn: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products, convolutions and attention that ``fn`` runs (1 multiply-add = 2 FLOP).
+
+    Counted by torch.utils.flop_counter. Attention runs on the plain kernel meanwhile: the counter does not see into the fused
+    CPU one and would leave out a third of a 4,096-token step. ``fn`` may run on the meta device, where it costs nothing.
+    """
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        fn()
+    return int(counter.get_total_flops())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU. Raises :class:`InputError` for a device that is not there."""
+    if str(device) == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {str(device)!r}; use auto, cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {str(device)!r}")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise InputError(f"device {str(device)!r} is not there: {count} CUDA devices are visible; use device cpu")
+    return chosen
+
+
+@contextmanager
+def use_threads(threads: int | None) -> Iterator[int]:
+    """torch's intra-operation threads inside the block; None leaves them. Yields how many are in use."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_info() -> dict[str, Any]:
+    """What ran the measurement, JSON-ready: processor, threads, instruction sets, memory, GPUs, versions, git commit.
+
+    ``memory_bytes`` and the GPU entries are None or empty where unknown. ``git_commit`` ends in "+changes" when tracked
+    files differ from it, and is None outside a checkout of this project.
+    """
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _isa_flags(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": _gpus(),
+        "cuda": torch.version.cuda,
+        "driver": _driver_version() if torch.cuda.is_available() else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "textok_fast": textok_fast.__version__,
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpuinfo(key: str) -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, separator, value = line.partition(":")
+            if separator and name.strip() == key:
+                return value.strip()
+    except OSError:
+        pass
+    return None
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _isa_flags() -> list[str]:
+    """Of the instruction sets that decide the speed of matrix products, those that this processor has."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+    return [flag for flag in (*wanted, "asimd", "bf16", "sve") if flag in flags]
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"} for gpu in found]
+
+
+def _driver_version() -> str | None:
+    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return output.splitlines()[0].strip() if output else None
+
+
+def _git_commit() -> str | None:
+    root = Path(textok_fast.__file__).resolve().parents[1]
+    top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
+    if not top or Path(top).resolve() != root:  # installed somewhere inside another project's checkout
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit}+changes" if commit and changed else commit or None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

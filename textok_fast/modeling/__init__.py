@@ -1,0 +1,7 @@
+"""What the networks are: the TexTok tokenizer, the DiT generator and the text encoders that condition them."""
+
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder, pad_features
+from textok_fast.modeling.tokenizer import TexTok, Tokens
+
+__all__ = ["DiT", "TexTok", "TextEncoder", "TextFeatures", "Tokens", "load_text_encoder", "pad_features"]

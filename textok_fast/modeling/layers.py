@@ -1,0 +1,122 @@
+"""The layers that the tokenizer and the generator share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from textok_fast import ops
+from textok_fast.modeling.text_encoders import TextFeatures
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection of width 3 D."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """x (B, N, D), mask (B, N) bool over keys -> (B, N, D), or only the ``rows`` of it (B, N_rows, D)."""
+        width = x.shape[-1]
+        if rows is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
+        else:
+            # Rows that nobody reads need keys and values, but no query.
+            q = F.linear(x[:, rows], self.qkv.weight[:width], self.qkv.bias[:width])  # (B, N_rows, D)
+            q = q.unflatten(-1, (self.heads, -1))  # (B, N_rows, H, D / H)
+            kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])  # (B, N, 2 D)
+            k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
+        return self.proj(ops.attention(q, k, v, mask))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from a sequence to text tokens of the same width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, N, D), context (B, N_t, D), mask (B, N_t) -> (B, N, D)."""
+        q = self.q(x).unflatten(-1, (self.heads, -1))  # (B, N, H, D / H)
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N_t, H, D / H)
+        return self.proj(ops.attention(q, k, v, mask))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear. ``approximate``: "none" for the exact GELU, "tanh" as DiT has it."""
+
+    def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate=approximate)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block (Dosovitskiy et al. 2021): x + Attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or only the ``rows`` of it when the others are not needed."""
+        residual = x if rows is None else x[:, rows]
+        x = residual + self.attn(self.norm1(x), mask, rows)
+        return x + self.mlp(self.norm2(x))
+
+
+class TextTokens(NamedTuple):
+    """Text features projected to a model's width."""
+
+    tokens: Tensor  # (B, N_t, D)
+    mask: Tensor  # (B, N_t) bool, True for a real token
+
+
+class TextProjection(nn.Module):
+    """Text features -> tokens of the model's width, with a learned null caption.
+
+    A sample without a caption (no features at all, or a mask that is all False) gets the null caption: one learned token.
+    What stands in padded places is replaced by zeros first, so that not even a NaN there reaches a result.
+    """
+
+    def __init__(self, text_dim: int, width: int, positions: int = 0) -> None:
+        super().__init__()
+        self.proj = nn.Linear(text_dim, width)
+        self.null = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.null, std=0.02)
+        self.positions = nn.Parameter(torch.zeros(positions, width)) if positions else None
+
+    def forward(self, text: TextFeatures | None, batch: int) -> TextTokens:
+        """``text``: features (B, N_t, D_t) and mask (B, N_t), or None -> tokens (B, N_t, D) and mask (B, N_t)."""
+        if text is None:
+            return TextTokens(self.null.expand(batch, 1, -1), torch.ones(batch, 1, dtype=torch.bool, device=self.null.device))
+        features = torch.where(text.mask.unsqueeze(-1), text.features.to(self.proj.weight.dtype), 0)
+        first = torch.arange(text.mask.shape[1], device=text.mask.device) == 0  # (N_t,)
+        is_null = ~text.mask.any(dim=1, keepdim=True) & first  # (B, N_t): the first place of an empty caption
+        tokens = self.proj(features)  # (B, N_t, D)
+        if self.positions is not None:
+            tokens = tokens + self.positions[: tokens.shape[1]]
+        tokens = torch.where(is_null.unsqueeze(-1), self.null, tokens)
+        return TextTokens(tokens, text.mask | is_null)
+
+
+def drop_captions(text: TextFeatures, drop: Tensor) -> TextFeatures:
+    """Captions whose entry in ``drop`` (B,) bool is True become the null caption."""
+    return TextFeatures(text.features, text.mask & ~drop.to(text.mask.device).unsqueeze(1))

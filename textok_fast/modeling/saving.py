@@ -1,0 +1,99 @@
+"""``from_pretrained`` and ``save_pretrained``: config.json and model.safetensors in a directory or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from textok_fast.config import from_mapping, to_dict
+from textok_fast.errors import InputError
+from textok_fast.files import write_atomically
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class PretrainedMixin(nn.Module):
+    """Adds saving and loading to a module whose ``config`` is a dataclass of type ``config_class``."""
+
+    config_class: type
+    model_type: str
+    config: Any
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Writes config.json and model.safetensors; each file replaces an old one only when complete. Returns the directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        text = json.dumps({"model_type": self.model_type, **to_dict(self.config)}, indent=2) + "\n"
+        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        return directory
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Self:
+        """Loads a directory that :meth:`save_pretrained` wrote, or a Hub repository by id, in eval mode.
+
+        Raises: InputError when there is no such model, it is of another kind, or a weight is missing, unexpected or of
+            another shape.
+        """
+        directory = _locate(source, revision)
+        try:
+            values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{directory} has no {CONFIG_NAME}: it is not a saved {cls.__name__}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {directory / CONFIG_NAME}: {error}") from None
+        kind = values.pop("model_type", None) if isinstance(values, dict) else None
+        if kind != cls.model_type:
+            raise InputError(f"{directory} holds a model of type {kind!r}, wanted {cls.model_type!r} ({cls.__name__})")
+        model = cls(from_mapping(cls.config_class, values))
+        try:
+            state = load_file(directory / WEIGHTS_NAME)
+        except FileNotFoundError:
+            raise InputError(f"{directory} has no {WEIGHTS_NAME}") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read {directory / WEIGHTS_NAME}: {error}") from None
+        load_state(model, state, str(directory))
+        return model.to(device).eval()
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """``load_state_dict`` whose errors name the key: missing, unexpected or of another shape."""
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    problems += [
+        f"{key} has the shape {tuple(state[key].shape)}, wanted {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(state)
+
+
+def _locate(source: str | Path, revision: str | None) -> Path:
+    """A local directory as it is, a Hub id downloaded to the Hub's cache."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"no model at {source}: wanted a directory with {CONFIG_NAME}, or a Hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"no directory {source}, and the Hub has no such model or cannot be reached: {str(error).splitlines()[0]}"
+        ) from None

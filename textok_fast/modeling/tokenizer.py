@@ -1,0 +1,349 @@
+"""TexTok: image + caption -> a few tokens -> image (Zha et al., arXiv 2412.05796)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from textok_fast import ops
+from textok_fast.config import TexTokConfig
+from textok_fast.errors import InputError
+from textok_fast.modeling.bottlenecks import BottleneckOutput, build_bottleneck
+from textok_fast.modeling.layers import TextProjection, TextTokens, ViTBlock
+from textok_fast.modeling.saving import PretrainedMixin
+from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder
+
+Images = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
+Captions = Sequence[str | None] | str | TextFeatures | tuple[Tensor, Tensor] | Tensor | None
+
+
+class Encoder(nn.Module):
+    """ViT over [patches, latents, text] with full self-attention; the latents' outputs are projected to d channels."""
+
+    def __init__(self, config: TexTokConfig, out_dim: int) -> None:
+        super().__init__()
+        width = config.width
+        self.patch_size = config.patch_size
+        self.latent_rows = slice(config.num_patches, config.num_patches + config.num_tokens)
+        self.patch_embed = nn.Linear(3 * config.patch_size**2, width)
+        self.patch_positions = nn.Parameter(torch.empty(config.num_patches, width))
+        self.latents = nn.Parameter(torch.empty(config.num_tokens, width))
+        positions = config.max_text_tokens if config.text_positions else 0
+        self.text = TextProjection(config.text_dim, width, positions) if config.text_in_encoder else None
+        self.blocks = nn.ModuleList(ViTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.to_latents = nn.Linear(width, out_dim)
+
+    def forward(self, pixels: Tensor, text: TextFeatures | None) -> Tensor:
+        """pixels (B, 3, S, S) in [-1, 1] -> (B, N, out_dim)."""
+        patches = self.patch_embed(ops.patchify(pixels, self.patch_size)) + self.patch_positions  # (B, hw, D)
+        latents = self.latents.expand(len(pixels), -1, -1)  # (B, N, D)
+        tokens = None if self.text is None else self.text(text, len(pixels))
+        x, mask = join_text(torch.cat([patches, latents], dim=1), tokens)  # (B, hw + N + N_t, D)
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        x = self.blocks[-1](x, mask, rows=self.latent_rows)  # (B, N, D)
+        return self.to_latents(self.norm(x))  # (B, N, out_dim)
+
+
+class Decoder(nn.Module):
+    """ViT over [patch queries, latents, text]; the queries' outputs are projected to pixels."""
+
+    def __init__(self, config: TexTokConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.patch_size = config.patch_size
+        self.patch_rows = slice(0, config.num_patches)
+        self.queries = nn.Parameter(torch.empty(config.num_patches, width))
+        self.from_latents = nn.Linear(config.latent_dim, width)
+        self.latent_positions = nn.Parameter(torch.empty(config.num_tokens, width))
+        positions = config.max_text_tokens if config.text_positions else 0
+        self.text = TextProjection(config.text_dim, width, positions) if config.text_in_decoder else None
+        self.blocks = nn.ModuleList(ViTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
+        """latents (B, N, d) -> pixels (B, 3, S, S), not clamped."""
+        queries = self.queries.expand(len(latents), -1, -1)  # (B, hw, D)
+        embedded = self.from_latents(latents) + self.latent_positions  # (B, N, D)
+        tokens = None if self.text is None else self.text(text, len(latents))
+        x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + N + N_t, D)
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        x = self.blocks[-1](x, mask, rows=self.patch_rows)  # (B, hw, D)
+        return ops.unpatchify(self.to_pixels(self.norm(x)), self.patch_size)  # (B, 3, S, S)
+
+
+def join_text(x: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor | None]:
+    """Appends text tokens to a sequence; the mask lets everything attend to everything but text padding."""
+    if text is None:
+        return x, None
+    own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (B, N)
+    return torch.cat([x, text.tokens], dim=1), torch.cat([own, text.mask], dim=1)
+
+
+class Tokens(Tensor):
+    """What :meth:`TexTok.encode` returns: a (B, N, d) tensor that also carries what its bottleneck knows.
+
+    ``indices`` (B, N) int64 for VQ and FSQ, else None. Arithmetic and indexing give plain tensors.
+    """
+
+    indices: Tensor | None  # type: ignore[assignment]
+    _posterior: tuple[Tensor, Tensor] | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def wrap(values: Tensor, indices: Tensor | None = None, posterior: tuple[Tensor, Tensor] | None = None) -> Tokens:
+        """``posterior``: mean and standard deviation (B, N, d), in the same normalised units as ``values``."""
+        tokens = values.detach().as_subclass(Tokens)
+        tokens.indices, tokens._posterior = indices, posterior
+        return tokens
+
+    def mode(self) -> Tensor:  # type: ignore[override]
+        """The most likely tokens (B, N, d): the posterior's mean for KL, the tokens themselves otherwise."""
+        return self.as_subclass(Tensor) if self._posterior is None else self._posterior[0]
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens (B, N, d) drawn from the KL posterior; without one, the tokens themselves."""
+        if self._posterior is None:
+            return self.as_subclass(Tensor)
+        mean, std = self._posterior
+        source = mean.device if generator is None else generator.device
+        return mean + std * torch.randn(mean.shape, generator=generator, device=source, dtype=mean.dtype).to(mean.device)
+
+
+class TexTokOutput(NamedTuple):
+    """A training pass: the unclamped reconstruction and the bottleneck's latents and loss terms."""
+
+    reconstruction: Tensor  # (B, 3, S, S)
+    bottleneck: BottleneckOutput
+
+
+class TexTok(PretrainedMixin, nn.Module):
+    """The tokenizer. ``encode`` and ``decode`` are its interface; calling the module is a training pass.
+
+    The frozen text encoder is not a part of it: it is loaded when the first caption comes as a string, and never saved.
+    """
+
+    config_class = TexTokConfig
+    model_type = "textok"
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: TexTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bottleneck = build_bottleneck(config)
+        self.encoder = Encoder(config, self.bottleneck.in_dim)
+        self.decoder = Decoder(config)
+        # Kept in config.json, not in the weights, so that a reader of the configuration knows them.
+        self.register_buffer("latent_mean", torch.tensor(config.latent_mean or (0.0,) * config.latent_dim), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(config.latent_std or (1.0,) * config.latent_dim), persistent=False)
+        self._text_encoder: list[TextEncoder] = []  # in a list, so that nn.Module does not see it
+        self.apply(_init_weights)
+        for parameter in (
+            self.encoder.patch_positions,
+            self.encoder.latents,
+            self.decoder.queries,
+            self.decoder.latent_positions,
+        ):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, pixels: Tensor, text: TextFeatures | None = None, noise: Tensor | None = None) -> TexTokOutput:
+        """pixels (B, 3, S, S) in [-1, 1] and text features -> reconstruction (B, 3, S, S) and the bottleneck's output.
+
+        ``noise`` (B, N, d), standard normal, is what the KL bottleneck samples with; None draws it.
+        """
+        bottleneck = self.bottleneck(self.encoder(pixels, text), noise)
+        return TexTokOutput(self.decoder(bottleneck.latents, text), bottleneck)
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Stores the measured mean and standard deviation (d,) of the raw latents in the module and its configuration."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+        self.config.latent_mean = tuple(float(value) for value in mean)
+        self.config.latent_std = tuple(float(value) for value in std)
+
+    # -- the interface ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Images, captions: Captions = None) -> Tokens:
+        """Pictures and captions -> tokens (B, N, d) of zero mean and unit variance (once statistics are stored).
+
+        Args:
+            images: PIL images (one or a list), uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1].
+            captions: a list of B strings (None or "" for no caption), text features (B, N_t, D_t) with a bool mask
+                (B, N_t), or None for the null caption. Ignored by a tokenizer without text in its encoder.
+
+        Returns: :class:`Tokens`, float, on the model's device: the posterior's mean for KL (``.sample()`` draws from it);
+            ``.indices`` (B, N) int64 for VQ and FSQ.
+        Raises: InputError (a ValueError) for a wrong shape, size, dtype, range or NaN.
+        """
+        pixels = self.preprocess(images)
+        text = self.text_features(captions, len(pixels)) if self.config.text_in_encoder else None
+        out = self.bottleneck(self.encoder(pixels, text))
+        posterior = None
+        if out.mean is not None and out.logvar is not None:
+            posterior = (self.normalize(out.mean), torch.exp(0.5 * out.logvar) / self.latent_std)
+        return Tokens.wrap(self.normalize(out.latents if out.mean is None else out.mean), out.indices, posterior)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, captions: Captions = None, output: Literal["float", "uint8"] = "float") -> Tensor:
+        """Tokens and captions -> pictures.
+
+        Args:
+            tokens: (B, N, d) float as :meth:`encode` returns them, or (B, N) int64 indices for VQ and FSQ.
+            captions: as for :meth:`encode`. Ignored by a tokenizer without text in its decoder.
+            output: "float" for (B, 3, S, S) in [-1, 1], "uint8" for (B, S, S, 3).
+
+        Raises: InputError for a wrong shape, dtype, index or NaN.
+        """
+        if output not in ("float", "uint8"):
+            raise InputError(f"output must be 'float' or 'uint8', got {output!r}")
+        latents = self._check_tokens(tokens)
+        text = self.text_features(captions, len(latents)) if self.config.text_in_decoder else None
+        pixels = self.decoder(latents, text).clamp(-1.0, 1.0)
+        return pixels if output == "float" else to_uint8(pixels)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, N, d) -> tokens: (latents - mean) / std of each channel."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def denormalize(self, tokens: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        return tokens * self.latent_std + self.latent_mean
+
+    def preprocess(self, images: Images) -> Tensor:
+        """Any accepted form of pictures -> float (B, 3, S, S) in [-1, 1] on the model's device and in its dtype."""
+        size = self.config.image_size
+        batch = as_image_tensor(images)
+        if batch.dtype == torch.uint8:
+            if batch.ndim != 4 or batch.shape[-1] != 3 or batch.shape[1:3] != (size, size):
+                raise InputError(
+                    f"uint8 images must have the shape (B, {size}, {size}, 3), got {tuple(batch.shape)}; "
+                    "resize or crop them to the model's image_size first"
+                )
+            pixels = from_uint8(batch.to(self.device))
+        elif batch.is_floating_point():
+            if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, size, size):
+                raise InputError(f"float images must have the shape (B, 3, {size}, {size}), got {tuple(batch.shape)}")
+            pixels = batch.to(self.device)
+            if len(pixels):
+                low, high = (float(value) for value in torch.aminmax(pixels))
+                if not (low >= -1.001 and high <= 1.001):  # NaN fails both
+                    raise InputError(f"float images must lie in [-1, 1] without NaN, got values from {low:.4g} to {high:.4g}")
+        else:
+            raise InputError(f"images must be uint8 or float, got {batch.dtype}")
+        if not len(pixels):
+            raise InputError("got an empty batch of images")
+        return pixels.to(self.dtype)
+
+    def text_features(self, captions: Captions, batch: int) -> TextFeatures | None:
+        """Any accepted form of captions -> features (B, N_t, D_t) with mask, or None for the null caption."""
+        if captions is None:
+            return None
+        if isinstance(captions, Tensor):
+            captions = (captions, torch.ones(captions.shape[:2], dtype=torch.bool))
+        if isinstance(captions, tuple) and len(captions) == 2 and isinstance(captions[0], Tensor):
+            features, mask = captions
+            if features.ndim != 3 or features.shape[0] != batch or features.shape[2] != self.config.text_dim:
+                raise InputError(f"text features must be ({batch}, N_t, {self.config.text_dim}), got {tuple(features.shape)}")
+            if not isinstance(mask, Tensor) or mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+                raise InputError(f"the text mask must be bool of shape {tuple(features.shape[:2])}, True for a real token")
+            return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if len(captions) != batch:
+            raise InputError(f"got {len(captions)} captions for {batch} images; give one a picture, or None")
+        features, mask = self.text_encoder([caption or "" for caption in captions])
+        return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen encoder of ``config.text_encoder``, loaded on first use. Assign to replace it."""
+        if not self._text_encoder:
+            encoder = load_text_encoder(
+                self.config.text_encoder, max_tokens=self.config.max_text_tokens, split=self.config.text_split
+            )
+            self.text_encoder = encoder
+        return self._text_encoder[0]
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder) -> None:
+        if encoder.dim != self.config.text_dim:
+            raise InputError(
+                f"the text encoder {encoder.name} gives features of width {encoder.dim}, this tokenizer was built for "
+                f"text_dim={self.config.text_dim} ({self.config.text_encoder})"
+            )
+        self._text_encoder[:] = [encoder]
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.queries.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.queries.dtype
+
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens or indices -> raw latents (B, N, d)."""
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"tokens must be a tensor, got {type(tokens).__name__}")
+        tokens = tokens.as_subclass(Tensor).to(self.device)
+        n, d = self.config.num_tokens, self.config.latent_dim
+        if tokens.dtype == torch.int64 and self.bottleneck.codebook_size:
+            if tokens.ndim != 2 or tokens.shape[1] != n:
+                raise InputError(f"token indices must be (B, {n}) int64, got {tuple(tokens.shape)}")
+            size = self.bottleneck.codebook_size
+            if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+                raise InputError(f"token indices must be in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}")
+            return self.bottleneck.latents_from_indices(tokens).to(self.dtype)
+        if not tokens.is_floating_point() or tokens.ndim != 3 or tuple(tokens.shape[1:]) != (n, d):
+            also = f" or int64 indices (B, {n})" if self.bottleneck.codebook_size else ""
+            raise InputError(f"tokens must be float (B, {n}, {d}){also}, got {tokens.dtype} {tuple(tokens.shape)}")
+        if not bool(torch.isfinite(tokens).all()):
+            raise InputError("tokens contain NaN or infinity")
+        return self.denormalize(tokens.to(self.dtype))
+
+
+def as_image_tensor(images: Images) -> Tensor:
+    """PIL images, arrays or tensors as one tensor, unchecked: uint8 (B, H, W, 3) from PIL."""
+    if isinstance(images, Tensor):
+        return images
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(images))
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    if not pictures:
+        raise InputError("got an empty list of images")
+    for index, picture in enumerate(pictures):
+        if not isinstance(picture, Image.Image):
+            raise InputError(f"images must be PIL images, an array or a tensor; item {index} is {type(picture).__name__}")
+        if picture.size != pictures[0].size:
+            raise InputError(
+                f"images of one batch must have one size; item {index} is {picture.size}, the first is {pictures[0].size}"
+            )
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))  # (B, H, W, 3)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) float in [-1, 1] -> (B, H, W, 3) uint8, rounded to nearest."""
+    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,94 @@
+"""Checkpoints: a directory a step, complete or absent.
+
+checkpoint-000500/ holds model.safetensors, ema.safetensors, optimizer.pt (read with ``weights_only=True``) and state.json. It
+is written under a temporary name and renamed when everything is on the disk, so a killed run leaves no half checkpoint. Random
+numbers need no saving: those of step k are drawn from a generator seeded by the run's seed and k.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from textok_fast.errors import InputError
+from textok_fast.modeling.saving import load_state
+from textok_fast.training.optim import ExponentialMovingAverage
+
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    ema: ExponentialMovingAverage,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes the checkpoint of ``step`` finished steps and removes all but the newest ``keep``."""
+    final = run / f"checkpoint-{step:06d}"
+    temporary = run / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(
+            {key: value.detach().contiguous() for key, value in model.state_dict().items()}, temporary / "model.safetensors"
+        )
+        save_file({key: value.contiguous() for key, value in ema.state_dict().items()}, temporary / "ema.safetensors")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in list_checkpoints(run)[: -max(1, keep)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    found = [(int(match.group(1)), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, ema: ExponentialMovingAverage, optimizer: torch.optim.Optimizer, expected: dict[str, Any]
+) -> int:
+    """Restores everything and returns the number of finished steps.
+
+    Raises: InputError when the checkpoint cannot be read, does not fit the model, or was made with other settings than
+        ``expected``.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        weights = load_file(path / "model.safetensors")
+        averages: dict[str, Tensor] = load_file(path / "ema.safetensors")
+        moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; remove it to use the one before"
+        ) from None
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise InputError(
+                f"{path} was made with {key}={state.get(key)!r}, this run has {value!r}; resume with the same settings"
+            )
+    load_state(model, weights, str(path))
+    ema.load_state_dict(averages)
+    optimizer.load_state_dict(moments)
+    return int(state["step"])

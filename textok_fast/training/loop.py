@@ -1,0 +1,313 @@
+"""The training loop that the tokenizer and the generator share, on Hugging Face Accelerate.
+
+One process or many (``accelerate launch``, ``torchrun``): the global batch of a step is the same whatever the number of
+processes, each taking its slice. Batches and random numbers are functions of (seed, step) alone, which makes a resumed run
+continue bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from textok_fast.config import OptimConfig, RunConfig, to_dict
+from textok_fast.errors import InputError
+from textok_fast.files import write_atomically
+from textok_fast.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from textok_fast.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
+
+
+class Task(Protocol):
+    """What is trained: a model, its loss, and what to show and keep of it."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], rng: StepRandom) -> dict[str, Tensor]:
+        """Scalars by name for one batch; "loss" is the one to minimise. ``model`` may be wrapped for distribution."""
+        ...
+
+    def preview(self, rng: StepRandom) -> Image.Image | None:
+        """A picture of what ``self.model``, holding the averaged weights, does now."""
+        ...
+
+    def finish(self, directory: Path) -> None:
+        """Writes ``self.model``, holding the averaged weights, as something ``from_pretrained`` reads."""
+        ...
+
+
+def seeded_generator(*seeds: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all the numbers given (numpy's SeedSequence mixes them)."""
+    state = np.random.SeedSequence(list(seeds)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) & (2**63 - 1))
+
+
+class StepRandom:
+    """The random numbers of one step, drawn on the CPU for the whole global batch and cut to this process's slice."""
+
+    def __init__(self, seed: int, step: int, micro_step: int, rank: int, world: int, device: torch.device) -> None:
+        self.generator = seeded_generator(seed, step, micro_step)
+        self.rank, self.world, self.device = rank, world, device
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, (B, ...) for this process's B."""
+        return self._slice(torch.randn(shape[0] * self.world, *shape[1:], generator=self.generator), shape[0])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1)."""
+        return self._slice(torch.rand(shape[0] * self.world, *shape[1:], generator=self.generator), shape[0])
+
+    def integers(self, high: int, count: int) -> Tensor:
+        """int64 in [0, high), (count,)."""
+        return self._slice(torch.randint(high, (count * self.world,), generator=self.generator), count)
+
+    def _slice(self, values: Tensor, count: int) -> Tensor:
+        return values[self.rank * count : (self.rank + 1) * count].to(self.device)
+
+
+class StepBatches(Sampler[list[int]]):
+    """Index batches from ``start`` on: epoch after epoch of seeded permutations, this process's slice of each global batch."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int) -> None:
+        if length < batch_size * world:
+            raise InputError(
+                f"the data set has {length} pictures, fewer than the global batch of {batch_size * world}; lower run.batch_size"
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.length // (self.batch_size * self.world)
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in range(self.start, self.stop):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = torch.randperm(self.length, generator=seeded_generator(self.seed, epoch))
+            first = (step % per_epoch) * self.batch_size * self.world + self.rank * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
+@dataclasses.dataclass
+class TrainResult:
+    """Where a run's products are, and its loss curve."""
+
+    run: Path
+    final: Path
+    history: list[dict[str, float]]
+
+
+def fit(
+    task: Task,
+    dataset: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    config: Any,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains ``task`` on ``dataset`` as ``config.run`` and ``config.optim`` say.
+
+    Leaves in ``run.output_dir``: config.yaml, log.jsonl, TensorBoard events, samples/*.png, the newest checkpoints, and final/.
+    Ctrl-C writes a checkpoint before it passes on. Raises InputError when the directory holds a run and ``resume`` is not set.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    run_config: RunConfig = config.run
+    optim_config: OptimConfig = config.optim
+    run = Path(run_config.output_dir)
+    checkpoints = list_checkpoints(run)
+    if not resume and (checkpoints or (run / "final").exists()):
+        raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
+    accelerator = Accelerator(
+        mixed_precision=run_config.mixed_precision,
+        gradient_accumulation_steps=run_config.gradient_accumulation,
+        cpu=not torch.cuda.is_available(),
+    )
+    set_seed(run_config.seed)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    settings = to_dict(config)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_atomically(run / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+    task.model.to(device).train()
+    optimizer = build_optimizer(task.model, optim_config)
+    ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
+    # What must not change between a run and its continuation, or the two would be no one run.
+    expected = {"settings": {key: value for key, value in settings.items() if key != "run"}, "seed": run_config.seed}
+    expected["global_batch"] = run_config.batch_size * run_config.gradient_accumulation * world
+    expected["steps"] = run_config.steps
+    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizer, expected) if checkpoints else 0
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+
+    per_step = run_config.gradient_accumulation
+    batches = StepBatches(
+        len(dataset),  # type: ignore[arg-type]
+        run_config.batch_size,
+        run_config.seed,
+        done * per_step,
+        run_config.steps * per_step,
+        rank,
+        world,
+    )
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run_config.workers))
+    log = _Log(run, done, tensorboard=run_config.tensorboard) if accelerator.is_main_process else None
+    bar = tqdm(
+        total=run_config.steps,
+        initial=done,
+        desc=run.name,
+        unit="step",
+        disable=not (progress and accelerator.is_main_process),
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        file=sys.stderr,
+    )
+
+    def checkpoint(step: int) -> None:
+        if accelerator.is_main_process:
+            bare = accelerator.unwrap_model(model)
+            save_checkpoint(run, step, bare, ema, optimizer.optimizer, expected, run_config.keep_checkpoints)
+
+    seen, since = 0, time.perf_counter()
+    step = done
+    try:
+        for step in range(done, run_config.steps):
+            rate = learning_rate(step, run_config.steps, optim_config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for micro in range(per_step):
+                batch = next(loader)
+                rng = StepRandom(run_config.seed, step, micro, rank, world, device)
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        terms = task.loss(model, batch, rng)
+                    accelerator.backward(terms["loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), optim_config.grad_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                seen += run_config.batch_size * world
+            ema.update(task.model, step)
+            last = step + 1 == run_config.steps
+            if (step + 1) % run_config.log_every == 0 or last:
+                values = {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in terms.items()}
+                if not all(abs(value) < float("inf") for value in values.values()):
+                    raise InputError(f"the loss is no longer finite at step {step + 1}: {values}; lower optim.lr")
+                now = time.perf_counter()
+                rate_seen = seen / (now - since)
+                seen, since = 0, now
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate_seen:.0f} images/s")
+                if log is not None:
+                    log.write(step + 1, {**values, "lr": rate, "images_per_s": rate_seen})
+            bar.update()
+            if (step + 1) % run_config.checkpoint_every == 0 and not last:
+                checkpoint(step + 1)
+            if (step + 1) % run_config.sample_every == 0 and not last and log is not None:
+                with _averaged(task.model, ema):
+                    log.picture(step + 1, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
+        step = run_config.steps
+        checkpoint(step)
+    except KeyboardInterrupt:
+        if step > done:
+            checkpoint(step)
+        raise
+    finally:
+        bar.close()
+        if log is not None:
+            log.close()
+    accelerator.wait_for_everyone()
+    ema.copy_to(task.model)
+    task.model.eval()
+    final = run / "final"
+    if accelerator.is_main_process:
+        if log is not None:
+            log.picture(step, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
+        task.finish(final)
+    accelerator.wait_for_everyone()
+    return TrainResult(run, final, read_history(run))
+
+
+def read_history(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's log.jsonl; a half-written last line is left out."""
+    history = []
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            history.append(json.loads(line))
+        except ValueError:
+            continue
+    return history
+
+
+class _averaged:
+    """Inside, the model holds the averaged weights and is in eval mode."""
+
+    def __init__(self, model: nn.Module, ema: ExponentialMovingAverage) -> None:
+        self.model, self.ema = model, ema
+
+    def __enter__(self) -> None:
+        self.kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.ema.copy_to(self.model)
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), self.kept, strict=True):
+                parameter.copy_(value)
+        self.model.train()
+
+
+class _Log:
+    """log.jsonl, TensorBoard and sample pictures of one run. Lines after the step that is resumed from are dropped."""
+
+    def __init__(self, run: Path, done: int, tensorboard: bool) -> None:
+        self.run = run
+        kept = [line for line in read_history(run) if line["step"] <= done]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(run / "log.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        self.file = (run / "log.jsonl").open("a", encoding="utf-8")
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                print("tensorboard is not installed: no events are written (pip install textok-fast[train])", file=sys.stderr)
+            else:
+                self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, image: Image.Image | None) -> None:
+        if image is not None:
+            (self.run / "samples").mkdir(exist_ok=True)
+            write_atomically(self.run / "samples" / f"{step:06d}.png", lambda path: image.save(path, format="PNG"))
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()

@@ -1,0 +1,61 @@
+"""Optimizer, learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from textok_fast.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on biases, norms, embeddings' positions and learned tokens."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                (decayed if isinstance(module, nn.Linear) and name == "weight" else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(step: int, total: int, config: OptimConfig) -> float:
+    """Linear warm-up to ``lr``, then a half cosine down to ``final_lr * lr`` at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+class ExponentialMovingAverage:
+    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.averages = [parameter.detach().clone() for _, parameter in model.named_parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """``step``: updates done before this one."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch._foreach_lerp_(self.averages, parameters, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.averages, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrites the model's parameters with the averages."""
+        for parameter, average in zip((p for p in model.parameters() if p.requires_grad), self.averages, strict=True):
+            parameter.copy_(average)

@@ -1,0 +1,92 @@
+"""Training of TexTok on captioned pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from textok_fast.config import TokenizerTrainConfig
+from textok_fast.data import collate, load_dataset
+from textok_fast.errors import InputError
+from textok_fast.modeling.layers import drop_captions
+from textok_fast.modeling.text_encoders import TextFeatures, load_text_encoder
+from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
+from textok_fast.pictures import image_grid
+from textok_fast.training.loop import StepRandom, TrainResult, fit
+from textok_fast.training.losses import tokenizer_loss
+
+STATISTICS_BATCHES = 32  # pictures for the latents' mean and deviation: this many batches
+
+
+class TokenizerTask:
+    """Reconstruction of the training pictures, some of them without their caption."""
+
+    def __init__(self, config: TokenizerTrainConfig) -> None:
+        self.config = config
+        self.model = TexTok(config.model)
+        self.dataset = load_dataset(config.data, "train")
+        model = config.model
+        self.encoder = None
+        if model.text != "none":
+            self.encoder = load_text_encoder(model.text_encoder, max_tokens=model.max_text_tokens, split=model.text_split)
+            self.model.text_encoder = self.encoder  # checks its width
+
+    def text(self, captions: list[str], device: torch.device) -> TextFeatures | None:
+        if self.encoder is None:
+            return None
+        features, mask = self.encoder(captions)
+        if device.type == "cpu":  # padding costs time here, and no compiled kernel wants round lengths
+            longest = max(1, int(mask.sum(1).max()))
+            features, mask = features[:, :longest], mask[:, :longest]
+        return TextFeatures(features.to(device), mask.to(device))
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], rng: StepRandom) -> dict[str, Tensor]:
+        pixels = from_uint8(batch["images"].to(rng.device))  # (B, 3, S, S)
+        text = self.text(batch["captions"], rng.device)
+        if text is not None and self.config.caption_dropout:
+            text = drop_captions(text, rng.uniform(len(pixels)) < self.config.caption_dropout)
+        noise = rng.normal(len(pixels), self.config.model.num_tokens, self.config.model.latent_dim)  # read by KL only
+        return tokenizer_loss(model(pixels, text, noise), pixels, self.config.loss)
+
+    def preview(self, rng: StepRandom) -> Image.Image:
+        """Eight training pictures above their reconstructions."""
+        batch = collate([self.dataset[index] for index in range(min(8, len(self.dataset)))])
+        with torch.no_grad():
+            pixels = from_uint8(batch["images"].to(rng.device))
+            output = self.model(pixels, self.text(batch["captions"], rng.device)).reconstruction
+        return image_grid(torch.cat([batch["images"], to_uint8(output).cpu()]), columns=len(batch["images"]))
+
+    def finish(self, directory: Path) -> None:
+        measure_latent_statistics(self)
+        self.model.save_pretrained(directory)
+
+
+@torch.no_grad()
+def measure_latent_statistics(task: TokenizerTask) -> None:
+    """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included."""
+    batch_size = min(task.config.run.batch_size, len(task.dataset))
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    task.model.eval()
+    for index in range(0, min(len(task.dataset), STATISTICS_BATCHES * batch_size) - batch_size + 1, batch_size):
+        batch = collate([task.dataset[i] for i in range(index, index + batch_size)])
+        pixels = from_uint8(batch["images"].to(task.model.device))
+        output = task.model.bottleneck(task.model.encoder(pixels, task.text(batch["captions"], task.model.device)))
+        latents = (output.latents if output.mean is None else output.mean).double().cpu().flatten(0, 1)  # (B N, d)
+        count, total, squares = count + len(latents), total + latents.sum(0), squares + latents.square().sum(0)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    # A channel that never changes would divide by zero: it is left as it is.
+    task.model.set_latent_statistics(mean.float(), torch.where(std > 1e-6, std, 1.0).float())
+
+
+def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Trains a TexTok; the finished model is in ``<output_dir>/final``. See :func:`textok_fast.training.loop.fit`."""
+    if config.run.batch_size < 1 or config.run.steps < 1:
+        raise InputError(f"run.batch_size and run.steps must be at least 1, got {config.run.batch_size} and {config.run.steps}")
+    torch.manual_seed(config.run.seed)  # the initial weights
+    task = TokenizerTask(config)
+    return fit(task, task.dataset, collate, config, resume=resume, progress=progress)
