@@ -52,8 +52,9 @@ class DiTBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if cross else None
         self.cross_attn = CrossAttention(width, heads) if cross else None
 
-    def forward(self, x: Tensor, modulation: Tensor, text: TextTokens | None = None) -> Tensor:
-        """x (B, N, D), modulation (B, 6 D) -> (B, N, D)."""
+    def forward(self, x: Tensor, c: Tensor, text: TextTokens | None = None) -> Tensor:
+        """x (B, N, D), condition c (B, D) -> (B, N, D)."""
+        modulation = self.adaLN_modulation(c)  # (B, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
         branch = self.attn(ops.layer_norm_modulate(x, shift1, scale1))  # (B, N, D)
         if self.cross_attn is None or self.cross_norm is None or text is None:
@@ -73,9 +74,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (B, N, D), modulation (B, 2 D) -> (B, N, out_dim)."""
-        shift, scale = modulation.chunk(2, dim=1)  # each (B, D)
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), condition c (B, D) -> (B, N, out_dim)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (B, D)
         return self.linear(ops.layer_norm_modulate(x, shift, scale))
 
 
@@ -134,8 +135,8 @@ class DiT(PretrainedMixin, nn.Module):
         if self.image_embedder is not None and image_tokens is not None:
             h = torch.cat([h, self.image_embedder(image_tokens) + self.image_positions], dim=1)  # (B, N + M, D)
         for block in self.blocks:
-            h = block(h, block.adaLN_modulation(c), tokens)
-        out = self.final_layer(h[:, : patches.shape[1]], self.final_layer.adaLN_modulation(c))  # (B, N, C_out p p)
+            h = block(h, c, tokens)
+        out = self.final_layer(h[:, : patches.shape[1]], c)  # (B, N, C_out p p)
         return ops.unpatchify(out, self.config.patch_size, self.config.out_channels) if self.config.input_size else out
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:

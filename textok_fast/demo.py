@@ -1,0 +1,322 @@
+"""The whole path on real pictures in minutes: ``textok-fast demo``.
+
+Pictures, two tokenizers (with and without text) on the same batches, their quality on held-out compositions and objects, cached
+tokens, a small DiT, samples, an ONNX decoder checked in ONNX Runtime, one denoising step over few and over many tokens, and a
+report. Every part that is finished is kept: the same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from textok_fast.config import GeneratorTrainConfig, TokenizerTrainConfig, load_config
+from textok_fast.errors import InputError
+from textok_fast.files import write_atomically
+
+EVALUATION_PICTURES = 512  # for each split
+SHOWN = 8  # pictures a grid
+SAMPLES = 8
+SPEEDUP_TOKENS = (32, 256, 1024, 4096)
+SPEEDUP_BUDGET_S = 75.0
+# With --quick: enough to see that every part runs; nothing is learned.
+QUICK = {"steps": 6, "pictures": 16, "generator_steps": 6, "cached": 64, "tokens": (32, 256), "budget": 5.0}
+
+
+def demo(
+    out: Path, *, source: str = "emoji", steps: int | None = None, quick: bool = False, command: str = ""
+) -> dict[str, Any]:
+    """Runs everything, writes ``out``/report.html and ``out``/results.json, and prints where they are.
+
+    ``steps`` overrides the tokenizers' training steps. Returns the results without the pictures.
+    """
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps must be at least 1, got {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    run = _Demo(out, source, QUICK["steps"] if quick and steps is None else steps, quick)
+    results = run.all(command)
+
+    from textok_fast.evaluation import write_report
+
+    report = write_report(out / "report.html", results)
+    summary = {**results.to_dict(), "report": str(report), "seconds": time.perf_counter() - started}
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    write_atomically(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _print_summary(summary)
+    return summary
+
+
+class _Demo:
+    """The parts in their order. Each leaves its products in ``out`` and its duration in ``durations``."""
+
+    def __init__(self, out: Path, source: str, steps: int | None, quick: bool) -> None:
+        self.out, self.quick = out, quick
+        overrides = [f"data.source={source}"]
+        if steps is not None:
+            overrides += [f"run.steps={steps}"]
+        self.overrides = overrides
+        self.config = load_config(TokenizerTrainConfig, "demo", overrides=overrides)
+        self.durations: dict[str, float] = {}
+        self.evaluated = QUICK["pictures"] if quick else EVALUATION_PICTURES
+
+    def all(self, command: str) -> Any:
+        from textok_fast.data import fetch, load_dataset
+        from textok_fast.evaluation import DemoResults, machine_info
+        from textok_fast.inference import load_pipeline
+        from textok_fast.modeling import TexTok
+        from textok_fast.training.loop import read_history
+
+        with self._part("pictures"):
+            fetched = fetch(self.config.data.source)
+            splits = {"compositions": "composition", "objects": "object"}
+            held_out = {name: load_dataset(self.config.data, split) for name, split in splits.items()}
+            print(f"pictures: {load_dataset(self.config.data, 'train').describe()}")
+        with self._part("training both tokenizers"):
+            self._train_tokenizers()
+        tokenizers = {name: TexTok.from_pretrained(self.out / name / "final") for name in ("with_text", "no_text")}
+        results = DemoResults(
+            command=command,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            machine=machine_info(),
+            data={"source": fetched.name, "licence": fetched.licence, "note": fetched.note},
+            durations=self.durations,
+        )
+        if fetched.name != self.config.data.source:
+            results.notes.append(f"{self.config.data.source} could not be had, {fetched.name} stand in: {fetched.note}")
+        if self.quick:
+            results.notes.append("This was --quick: a few steps of everything. The pictures and numbers mean nothing.")
+        with self._part("evaluation"):
+            for name, dataset in held_out.items():
+                self._evaluate(results, name, dataset, tokenizers)
+        with self._part("tokens and generator"):
+            generator = self._train_generator()
+        with self._part("sampling"):
+            pipeline = load_pipeline(generator)
+            self._sample(results, pipeline, held_out["compositions"])
+        with self._part("ONNX export"):
+            self._export(results, tokenizers["with_text"])
+        with self._part("speed-up"):
+            self._speedup(results, command)
+        results.losses = {
+            label: [(line["step"], line["loss"]) for line in read_history(self.out / name)]
+            for name, label in (("with_text", "with text"), ("no_text", "no text"))
+        }
+        results.generator_losses = {"DiT": [(line["step"], line["loss"]) for line in read_history(self.out / "generator")]}
+        results.settings = self._settings(tokenizers["with_text"], pipeline.generator)
+        return results
+
+    @contextlib.contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        print(f"-- {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.durations[name] = time.perf_counter() - start
+
+    # -- tokenizers -------------------------------------------------------------------------------------------------
+
+    def _train_tokenizers(self) -> None:
+        """Both at once, one core each, from the same seed: the same batches in the same order."""
+        jobs = {"with_text": "both", "no_text": "none"}
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        logs = {name: self.out / f"{name}.log" for name in jobs}
+        total = self.config.run.steps
+        try:
+            for name, text in jobs.items():
+                directory = self.out / name
+                self._require_same_run(directory, text)
+                if not (directory / "final" / "config.json").exists():
+                    running[name] = self._start(name, text, logs[name])
+                if (os.cpu_count() or 1) < 2:  # one after the other
+                    self._watch(running, total, logs)
+                    running = {}
+            self._watch(running, total, logs)
+        finally:
+            for process in running.values():
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            for process in running.values():
+                process.wait()
+
+    def _require_same_run(self, directory: Path, text: str) -> None:
+        """A finished or interrupted run in the way must be one of these very settings."""
+        from textok_fast.config import from_mapping, read_yaml, to_dict
+
+        file = directory / "config.yaml"
+        if file.exists():
+            found = to_dict(from_mapping(TokenizerTrainConfig, read_yaml(file)))
+            wanted = to_dict(load_config(TokenizerTrainConfig, "demo", overrides=self._job_overrides(directory, text)))
+            if {**found, "run": {**found["run"], "output_dir": ""}} != {**wanted, "run": {**wanted["run"], "output_dir": ""}}:
+                raise InputError(f"{directory} holds a demo of other settings; choose another --out")
+
+    def _job_overrides(self, directory: Path, text: str) -> list[str]:
+        return [*self.overrides, f"model.text={text}", f"run.output_dir={directory}"]
+
+    def _start(self, name: str, text: str, log: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "textok_fast", "train", "tokenizer", "--preset", "demo", "--resume"]
+        command += self._job_overrides(self.out / name, text)
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def _watch(self, running: dict[str, subprocess.Popen[bytes]], total: int, logs: dict[str, Path]) -> None:
+        """One bar for each until all have ended; InputError with the log's last line if one failed."""
+        from textok_fast.training.loop import read_history
+
+        bars = {
+            name: tqdm(total=total, desc=name, unit="step", position=i, file=sys.stderr, mininterval=1.0)
+            for i, name in enumerate(running)
+        }
+        try:
+            while True:
+                ended = all(process.poll() is not None for process in running.values())
+                for name, bar in bars.items():
+                    history = read_history(self.out / name)
+                    if history:
+                        bar.set_postfix_str(
+                            f"loss {history[-1]['loss']:.4f}, {history[-1]['images_per_s']:.0f} images/s", False
+                        )
+                        bar.update(int(history[-1]["step"]) - bar.n)
+                for name, process in running.items():
+                    if process.poll():
+                        lines = logs[name].read_text(errors="replace").strip().splitlines()
+                        cause = lines[-1].removeprefix("error: ") if lines else f"exit status {process.returncode}"
+                        raise InputError(f"training {name} failed: {cause} (see {logs[name]})")
+                if ended:
+                    return
+                time.sleep(1.0)
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+    def _evaluate(self, results: Any, name: str, dataset: Any, tokenizers: dict[str, Any]) -> None:
+        """Reconstruction of ``dataset`` by both tokenizers, and by the one with text under wrong and without captions."""
+        import numpy as np
+        import torch
+
+        from textok_fast.data import collate
+        from textok_fast.evaluation import reconstruction_metrics
+
+        examples = [dataset[i] for i in range(self.evaluated)]
+        outputs: dict[str, list[Any]] = {"with_text": [], "no_text": [], "shuffled": [], "null": []}
+        originals, captions, wrong = [], [], []
+        for start in range(0, len(examples), 64):
+            batch = collate(examples[start : start + 64])
+            images, own = batch["images"], batch["captions"]
+            shuffled = own[1:] + own[:1]
+            given = {"with_text": own, "no_text": None, "shuffled": shuffled, "null": None}
+            for condition, texts in given.items():
+                tokenizer = tokenizers["no_text" if condition == "no_text" else "with_text"]
+                outputs[condition].append(tokenizer.decode(tokenizer.encode(images, texts), texts, output="uint8"))
+            originals.append(images)
+            captions += own
+            wrong += shuffled
+        original = torch.cat(originals)  # (B, S, S, 3)
+        pictures = {condition: torch.cat(parts) for condition, parts in outputs.items()}
+        results.metrics[name] = {
+            condition: reconstruction_metrics(original, picture) for condition, picture in pictures.items()
+        }
+        shown = {"original": original, **{key: pictures[key] for key in ("no_text", "with_text", "shuffled")}}
+        results.pictures[name] = {key: np.asarray(value[:SHOWN]) for key, value in shown.items()}
+        results.captions[name], results.shuffled_captions[name] = captions[:SHOWN], wrong[:SHOWN]
+
+    # -- generator --------------------------------------------------------------------------------------------------
+
+    def _train_generator(self) -> Path:
+        from textok_fast.training import train_generator
+
+        directory = self.out / "generator"
+        overrides = [
+            f"tokenizer={self.out / 'with_text' / 'final'}",
+            f"run.output_dir={directory}",
+            f"data.source={self.config.data.source}",
+        ]
+        if self.quick:
+            overrides += [f"run.steps={QUICK['generator_steps']}", f"cache_images={QUICK['cached']}", "run.batch_size=16"]
+        if not (directory / "final" / "pipeline.json").exists():
+            with tqdm(desc="tokens", unit="picture", file=sys.stderr, mininterval=1.0) as bar:
+
+                def advance(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                config = load_config(GeneratorTrainConfig, "demo", overrides=overrides)
+                train_generator(config, resume=True, on_cache=advance)
+        return directory / "final"
+
+    def _sample(self, results: Any, pipeline: Any, dataset: Any) -> None:
+        from textok_fast.inference.pipelines import SamplingOptions
+
+        captions = [dataset[i].caption for i in range(self.evaluated, self.evaluated + SAMPLES)]
+        made = pipeline(captions, seed=0, options=SamplingOptions(steps=50, guidance_scale=2.0))
+        results.samples, results.sample_captions = made.images.numpy(), captions
+
+    def _export(self, results: Any, tokenizer: Any) -> None:
+        from textok_fast.export import export_decoder
+
+        check = export_decoder(tokenizer, self.out / "decoder.onnx")
+        results.onnx.append(
+            {
+                "model": "decoder, with text",
+                "max_abs_difference": check.max_abs_error,
+                "tolerance": check.tolerance,
+                "passed": check.max_abs_error <= check.tolerance,
+                "opset": check.opset,
+                "runtime": check.runtime,
+                "file": check.path,
+            }
+        )
+
+    def _speedup(self, results: Any, command: str) -> None:
+        from textok_fast.evaluation import SpeedupConfig, run_speedup
+
+        config = SpeedupConfig(
+            size="tiny" if self.quick else "S",
+            tokens=QUICK["tokens"] if self.quick else SPEEDUP_TOKENS,
+            dtypes=("fp32",),
+            time_budget_s=QUICK["budget"] if self.quick else SPEEDUP_BUDGET_S,
+        )
+        results.speedup = run_speedup(config, command=command).to_dict()
+
+    def _settings(self, tokenizer: Any, generator: Any) -> dict[str, Any]:
+        config, train = tokenizer.config, self.config
+        parameters = sum(p.numel() for p in tokenizer.parameters())
+        return {
+            "tokens": f"{config.num_tokens} of {config.latent_dim} channels",
+            "image size": f"{config.image_size} px, patches of {config.patch_size} px",
+            "tokenizer": f"{parameters / 1e6:.1f} M parameters, width {config.width}, "
+            f"{config.encoder_depth} + {config.decoder_depth} layers",
+            "text encoder": f"{config.text_encoder}, frozen, clause by clause",
+            "objects": f"{train.data.objects} for training, {train.data.held_out_objects} held out",
+            "training": f"{train.run.steps} steps of {train.run.batch_size}, AdamW {train.optim.lr:g}, seed {train.run.seed}",
+            "generator": f"DiT of {sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, flow matching, "
+            "caption by cross-attention",
+            "evaluated": f"{self.evaluated} pictures a split",
+        }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    names = {"with_text": "with text", "no_text": "without text", "shuffled": "captions shuffled", "null": "null caption"}
+    print("\nPSNR / SSIM of the reconstructions")
+    for split, conditions in summary["metrics"].items():
+        print(f"  held-out {split}")
+        for condition, values in conditions.items():
+            print(f"    {names[condition]:<18} {values['psnr']:6.2f} dB  {values['ssim']:.4f}")
+    for ratio in summary["speedup"].get("ratios", []):
+        few, many = ratio["baseline_tokens"], ratio["tokens"]
+        print(
+            f"  one step, {many} tokens: {ratio['wall']:.1f} x as long as {few} (DiT-{summary['speedup']['config']['size']}, fp32)"
+        )
+    print(f"\nreport: {Path(summary['report']).resolve()}  ({summary['seconds'] / 60:.1f} minutes)")
