@@ -8,6 +8,7 @@ report. Every part that is finished is kept: the same command again goes on wher
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -25,13 +26,24 @@ from textok_fast.config import GeneratorTrainConfig, TokenizerTrainConfig, load_
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically
 
-EVALUATION_PICTURES = 512  # for each split
 SHOWN = 8  # pictures a grid
 SAMPLES = 8
-SPEEDUP_TOKENS = (32, 256, 1024, 4096)
-SPEEDUP_BUDGET_S = 75.0
-# With --quick: enough to see that every part runs; nothing is learned.
-QUICK = {"steps": 6, "pictures": 16, "generator_steps": 6, "cached": 64, "tokens": (32, 256), "budget": 5.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much of everything. None keeps the preset's number."""
+
+    steps: int | None = None  # of each tokenizer
+    evaluated: int = 512  # pictures of each split
+    cached: int | None = None  # pictures whose tokens the generator trains on
+    generator_steps: int | None = None
+    speedup_size: str = "S"
+    speedup_tokens: tuple[int, ...] = (32, 256, 1024, 4096)
+    speedup_seconds: float = 75.0
+
+
+QUICK = Effort(6, 16, 256, 6, "tiny", (32, 256), 5.0)  # enough to see that every part runs; nothing is learned
 
 
 def demo(
@@ -45,8 +57,8 @@ def demo(
         raise InputError(f"--steps must be at least 1, got {steps}")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    run = _Demo(out, source, QUICK["steps"] if quick and steps is None else steps, quick)
-    results = run.all(command)
+    effort = QUICK if quick else Effort()
+    results = _Demo(out, source, effort if steps is None else dataclasses.replace(effort, steps=steps)).all(command)
 
     from textok_fast.evaluation import write_report
 
@@ -61,15 +73,11 @@ def demo(
 class _Demo:
     """The parts in their order. Each leaves its products in ``out`` and its duration in ``durations``."""
 
-    def __init__(self, out: Path, source: str, steps: int | None, quick: bool) -> None:
-        self.out, self.quick = out, quick
-        overrides = [f"data.source={source}"]
-        if steps is not None:
-            overrides += [f"run.steps={steps}"]
-        self.overrides = overrides
-        self.config = load_config(TokenizerTrainConfig, "demo", overrides=overrides)
+    def __init__(self, out: Path, source: str, effort: Effort) -> None:
+        self.out, self.effort = out, effort
+        self.overrides = [f"data.source={source}"] + ([f"run.steps={effort.steps}"] if effort.steps else [])
+        self.config = load_config(TokenizerTrainConfig, "demo", overrides=self.overrides)
         self.durations: dict[str, float] = {}
-        self.evaluated = QUICK["pictures"] if quick else EVALUATION_PICTURES
 
     def all(self, command: str) -> Any:
         from textok_fast.data import fetch, load_dataset
@@ -95,7 +103,7 @@ class _Demo:
         )
         if fetched.name != self.config.data.source:
             results.notes.append(f"{self.config.data.source} could not be had, {fetched.name} stand in: {fetched.note}")
-        if self.quick:
+        if self.effort.generator_steps:
             results.notes.append("This was --quick: a few steps of everything. The pictures and numbers mean nothing.")
         with self._part("evaluation"):
             for name, dataset in held_out.items():
@@ -209,7 +217,7 @@ class _Demo:
         from textok_fast.data import collate
         from textok_fast.evaluation import reconstruction_metrics
 
-        examples = [dataset[i] for i in range(self.evaluated)]
+        examples = [dataset[i] for i in range(self.effort.evaluated)]
         outputs: dict[str, list[Any]] = {"with_text": [], "no_text": [], "shuffled": [], "null": []}
         originals, captions, wrong = [], [], []
         for start in range(0, len(examples), 64):
@@ -243,8 +251,10 @@ class _Demo:
             f"run.output_dir={directory}",
             f"data.source={self.config.data.source}",
         ]
-        if self.quick:
-            overrides += [f"run.steps={QUICK['generator_steps']}", f"cache_images={QUICK['cached']}", "run.batch_size=16"]
+        if self.effort.generator_steps:
+            overrides += [f"run.steps={self.effort.generator_steps}"]
+        if self.effort.cached:
+            overrides += [f"cache_images={self.effort.cached}"]
         if not (directory / "final" / "pipeline.json").exists():
             with tqdm(desc="tokens", unit="picture", file=sys.stderr, mininterval=1.0) as bar:
 
@@ -259,7 +269,7 @@ class _Demo:
     def _sample(self, results: Any, pipeline: Any, dataset: Any) -> None:
         from textok_fast.inference.pipelines import SamplingOptions
 
-        captions = [dataset[i].caption for i in range(self.evaluated, self.evaluated + SAMPLES)]
+        captions = [dataset[i].caption for i in range(self.effort.evaluated, self.effort.evaluated + SAMPLES)]
         made = pipeline(captions, seed=0, options=SamplingOptions(steps=50, guidance_scale=2.0))
         results.samples, results.sample_captions = made.images.numpy(), captions
 
@@ -283,10 +293,10 @@ class _Demo:
         from textok_fast.evaluation import SpeedupConfig, run_speedup
 
         config = SpeedupConfig(
-            size="tiny" if self.quick else "S",
-            tokens=QUICK["tokens"] if self.quick else SPEEDUP_TOKENS,
+            size=self.effort.speedup_size,
+            tokens=self.effort.speedup_tokens,
             dtypes=("fp32",),
-            time_budget_s=QUICK["budget"] if self.quick else SPEEDUP_BUDGET_S,
+            time_budget_s=self.effort.speedup_seconds,
         )
         results.speedup = run_speedup(config, command=command).to_dict()
 
@@ -303,7 +313,7 @@ class _Demo:
             "training": f"{train.run.steps} steps of {train.run.batch_size}, AdamW {train.optim.lr:g}, seed {train.run.seed}",
             "generator": f"DiT of {sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, flow matching, "
             "caption by cross-attention",
-            "evaluated": f"{self.evaluated} pictures a split",
+            "evaluated": f"{self.effort.evaluated} pictures a split",
         }
 
 
@@ -315,8 +325,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
         for condition, values in conditions.items():
             print(f"    {names[condition]:<18} {values['psnr']:6.2f} dB  {values['ssim']:.4f}")
     for ratio in summary["speedup"].get("ratios", []):
-        few, many = ratio["baseline_tokens"], ratio["tokens"]
-        print(
-            f"  one step, {many} tokens: {ratio['wall']:.1f} x as long as {few} (DiT-{summary['speedup']['config']['size']}, fp32)"
-        )
+        few, many, size = ratio["base_tokens"], ratio["tokens"], summary["speedup"]["config"]["size"]
+        print(f"one step of DiT-{size} in fp32 over {many} tokens takes {ratio['wall']:.1f} times as long as over {few}")
     print(f"\nreport: {Path(summary['report']).resolve()}  ({summary['seconds'] / 60:.1f} minutes)")
