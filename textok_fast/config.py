@@ -99,6 +99,10 @@ class TexTokConfig:
             "encoder_depth",
             "decoder_depth",
             "heads",
+            "mlp_ratio",
+            "text_dim",
+            "max_text_tokens",
+            "codebook_size",
         ):
             _require_positive(self, name)
         if self.image_size % self.patch_size:
@@ -186,8 +190,10 @@ class DiTConfig:
     num_image_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "width", "depth", "heads"):
+        for name in ("patch_size", "in_channels", "width", "depth", "heads", "mlp_ratio"):
             _require_positive(self, name)
+        for name in ("num_tokens", "input_size", "num_classes", "text_dim", "image_token_dim", "num_image_tokens"):
+            _require_range(self, name, 0)
         if bool(self.num_tokens) == bool(self.input_size):
             raise InputError(
                 f"give either num_tokens (1-D tokens) or input_size (a 2-D grid), not both or neither: "
@@ -231,6 +237,7 @@ class DataConfig:
     scene_objects: int = 4  # scenes: at most this many objects a scene
     min_scene_objects: int = 1
     held_out_objects: int = 32  # scenes: further objects that training never sees
+    jitter: float = 1.0  # scenes: how much of the variation in place and size that the caption does not tell, in [0, 1]
     seed: int = 0
 
 
@@ -248,6 +255,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
+        for name in ("lr", "weight_decay", "grad_clip"):
+            _require_range(self, name, 0)
+        _require_range(self, "ema_decay", 0, 1)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be in [0, 1), got {self.betas}")
 
 
 @dataclass
@@ -278,6 +290,12 @@ class RunConfig:
     keep_checkpoints: int = 2
     tensorboard: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "sample_every", "checkpoint_every"):
+            _require_positive(self, name)
+        for name in ("seed", "workers"):
+            _require_range(self, name, 0)
+
 
 @dataclass
 class TokenizerTrainConfig:
@@ -295,6 +313,7 @@ class TokenizerTrainConfig:
             raise InputError(
                 f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} must be equal"
             )
+        _require_range(self, "caption_dropout", 0, 1)
 
 
 @dataclass
@@ -314,10 +333,13 @@ class GeneratorTrainConfig:
     cache_images: int = 8192  # pictures whose tokens are computed once and trained on
     token_cache: str = ""  # directory of the cached tokens; default: inside the run
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "cache_images")
+
 
 # -- named presets and loading ------------------------------------------------------------------------------------------
 
-_DEMO_DATA: dict[str, Any] = {"source": "emoji", "image_size": 64, "objects": 128, "held_out_objects": 64}
+_DEMO_DATA: dict[str, Any] = {"source": "emoji", "image_size": 64, "objects": 128, "held_out_objects": 64, "jitter": 0.25}
 _DEMO_GENERATOR: dict[str, Any] = {
     "data": _DEMO_DATA,
     "optim": {"lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.998},
@@ -475,7 +497,14 @@ def _fill_nested(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def _size_inputs(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that ``named`` derives others from, typed, so that ``model.size=tiny model.image_size=64`` works."""
     wanted = ("image_size", "patch_size", "text_encoder") if cls is TexTokConfig else ("num_tokens", "input_size", "patch_size")
-    return {name: (int(values[name]) if name != "text_encoder" else values[name]) for name in wanted if name in values}
+    found: dict[str, Any] = {}
+    for name in wanted:
+        if name in values:
+            try:
+                found[name] = str(values[name]) if name == "text_encoder" else int(values[name])
+            except (TypeError, ValueError):
+                raise InputError(f"{cls.__name__}: {name}: wanted a whole number (got {values[name]!r})") from None
+    return found
 
 
 def _parse_override(item: str) -> dict[str, Any]:
@@ -514,8 +543,17 @@ def _size_row(table: dict[str, dict[str, int]], size: str) -> dict[str, int]:
 
 
 def _require_positive(config: Any, name: str) -> None:
-    if getattr(config, name) < 1:
-        raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    value = getattr(config, name)
+    if not (value >= 1 if isinstance(value, int) else value > 0):
+        raise InputError(
+            f"{name} must be at least 1, got {value}" if isinstance(value, int) else f"{name} must be above 0, got {value}"
+        )
+
+
+def _require_range(config: Any, name: str, low: float, high: float = math.inf) -> None:
+    if not low <= getattr(config, name) <= high:
+        wanted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise InputError(f"{name} must be {wanted}, got {getattr(config, name)}")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

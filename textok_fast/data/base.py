@@ -19,7 +19,7 @@ class Example(NamedTuple):
     key: str  # unique in its data set, stable, safe as a file name
 
 
-class CaptionedImages(Dataset[Example], ABC):
+class CaptionedImages(ABC):
     """A map-style data set of :class:`Example`; works with ``torch.utils.data.DataLoader`` and :func:`collate`.
 
     Attributes:

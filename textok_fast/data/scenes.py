@@ -135,6 +135,7 @@ class SceneDataset(CaptionedImages):
         split: one of :data:`SCENE_SPLITS`.
         image_size: S, pixels a side.
         min_objects, max_objects: how many objects a scene has, at most 4.
+        jitter: how much of :data:`POSITION_JITTER` and of the spread of :data:`SCALES` is used, in [0, 1].
         length: how many scenes; default :data:`DEFAULT_LENGTHS`.
         origin: a sentence about the source for :meth:`describe`.
 
@@ -149,6 +150,7 @@ class SceneDataset(CaptionedImages):
         *,
         min_objects: int = 1,
         max_objects: int = 4,
+        jitter: float = 1.0,
         seed: int = 0,
         length: int | None = None,
         origin: str = "",
@@ -162,6 +164,8 @@ class SceneDataset(CaptionedImages):
             )
         if not 1 <= min_objects <= max_objects <= len(PLACES):
             raise InputError(f"objects a scene must be 1 to 4, at least <= at most; got {min_objects} to {max_objects}")
+        if not 0 <= jitter <= 1:
+            raise InputError(f"data.jitter must be in [0, 1], got {jitter}")
         if image_size < 8:
             raise InputError(f"image_size must be at least 8 for scenes, got {image_size}")
         if length is not None and length < 1:
@@ -174,6 +178,7 @@ class SceneDataset(CaptionedImages):
         self.split = split
         self.image_size = image_size
         self.min_objects, self.max_objects = min_objects, min(max_objects, len(sprites))
+        self.jitter = jitter
         self.seed = seed
         self.label_names = [sprite.name for sprite in sprites]
         self.skipped = dict(skipped or {})
@@ -224,10 +229,9 @@ class SceneDataset(CaptionedImages):
         held_out = is_held_out((self.label_names[item], cell) for item, cell in zip(items, cells, strict=True))
         return held_out == (self.split == "composition")
 
-    @staticmethod
-    def _place(draws: _Draws, item: int, cell: int) -> Placement:
-        scale = SCALES[draws.below(len(SCALES))]
-        dx, dy = (POSITION_JITTER * (draws.below(1025) / 512 - 1) for _ in range(2))
+    def _place(self, draws: _Draws, item: int, cell: int) -> Placement:
+        scale = 1 - self.jitter * (1 - SCALES[draws.below(len(SCALES))])
+        dx, dy = (self.jitter * POSITION_JITTER * (draws.below(1025) / 512 - 1) for _ in range(2))
         return Placement(item, cell, scale, dx, dy)
 
     def caption(self, scene: Scene) -> str:
@@ -357,6 +361,7 @@ def load_scenes(config: DataConfig, split: str, length: int | None = None) -> Sc
         config.image_size,
         min_objects=config.min_scene_objects,
         max_objects=config.scene_objects,
+        jitter=config.jitter,
         seed=config.seed,
         length=length,
         origin=_origin(fetched),

@@ -229,7 +229,7 @@ def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> 
         raise InputError(
             f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one"
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
     generator = DiT.from_pretrained(directory / "generator", device=device)
     tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)

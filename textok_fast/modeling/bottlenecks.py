@@ -122,18 +122,19 @@ class FSQBottleneck(Bottleneck):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> BottleneckOutput:
         # Bounded as in the paper: an even number of levels is shifted by half a step, so that rounding gives exactly L values.
-        # The paper shrinks the bound by 1e-3, which leaves 2 levels without a shift (atanh of more than 1): widened instead.
-        half = (self.levels - 1).to(z.dtype) * (1 + 1e-3) / 2  # (d,)
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(z.dtype)  # (d,)
-        bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset  # (B, N, d)
+        # The paper shrinks the bound by 1e-3, which leaves 2 levels without a shift (atanh of more than 1): widened instead, by
+        # less than rounding could carry over to a level that does not exist. In float32: bfloat16 would lose the widening.
+        half = (self.levels - 1).float() / 2 + 5e-4  # (d,)
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)  # (d,)
+        bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset  # (B, N, d)
         values = bounded.round()
-        half_width = (self.levels // 2).to(z.dtype)  # (d,)
+        half_width = (self.levels // 2).float()  # (d,)
         with torch.no_grad():
             digits = (values + half_width).long()  # (B, N, d) in [0, L)
             indices = (digits * self.basis).sum(-1)  # (B, N)
         if self.training:
             values = bounded + (values - bounded).detach()  # straight through
-        return BottleneckOutput(values / half_width, {}, indices=indices)
+        return BottleneckOutput((values / half_width).to(z.dtype), {}, indices=indices)
 
     def latents_from_indices(self, indices: Tensor) -> Tensor:
         digits = torch.div(indices.unsqueeze(-1), self.basis, rounding_mode="floor") % self.levels  # (B, N, d)

@@ -127,7 +127,7 @@ class DiT(PretrainedMixin, nn.Module):
 
         Returns: (B, N, C_out) or (B, C_out, S, S), with C_out = 2 C under ``learn_sigma``.
         """
-        self._check(x, y, text, image_tokens)
+        self._check(x, t, y, text, image_tokens)
         patches = ops.patchify(x, self.config.patch_size) if self.config.input_size else x  # (B, N, C p p)
         h = self.x_embedder(patches) + self.pos_embed  # (B, N, D)
         c = self.condition(t, y)  # (B, D)
@@ -147,7 +147,7 @@ class DiT(PretrainedMixin, nn.Module):
         labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
         return c + self.y_embedder(labels)
 
-    def _check(self, x: Tensor, y: Tensor | None, text: TextFeatures | None, image_tokens: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | None, text: TextFeatures | None, image_tokens: Tensor | None) -> None:
         config = self.config
         if config.input_size:
             wanted: tuple[int, ...] = (config.in_channels, config.input_size, config.input_size)
@@ -161,6 +161,19 @@ class DiT(PretrainedMixin, nn.Module):
             raise InputError("this DiT has no text conditioning (text_dim=0): leave text out")
         if (image_tokens is None) != (self.image_embedder is None):
             raise InputError("image_tokens must be given exactly when the DiT was built with image_token_dim")
+        for name, given in (("t", t), ("y", y)):
+            if given is not None and given.shape != x.shape[:1]:
+                raise InputError(f"{name} must be ({len(x)},), one a sample, got {tuple(given.shape)}")
+        if text is not None:
+            features, mask = text
+            if features.ndim != 3 or len(features) != len(x) or features.shape[2] != config.text_dim:
+                raise InputError(f"text features must be ({len(x)}, N_t, {config.text_dim}), got {tuple(features.shape)}")
+            if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+                raise InputError(f"the text mask must be bool of shape {tuple(features.shape[:2])}, True for a real token")
+        if image_tokens is not None:
+            sizes = (len(x), config.num_image_tokens, config.image_token_dim)
+            if tuple(image_tokens.shape) != sizes:
+                raise InputError(f"image_tokens must be {sizes}, got {tuple(image_tokens.shape)}")
 
     def _init_weights(self) -> None:
         """DiT's initialization: Xavier-uniform linears, normal embeddings, zero modulation and output (adaLN-Zero)."""

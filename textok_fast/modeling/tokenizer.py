@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -139,7 +140,7 @@ class TexTok(PretrainedMixin, nn.Module):
 
     def __init__(self, config: TexTokConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = dataclasses.replace(config)  # a copy: the statistics stored in it are this model's
         self.bottleneck = build_bottleneck(config)
         self.encoder = Encoder(config, self.bottleneck.in_dim)
         self.decoder = Decoder(config)
@@ -259,10 +260,20 @@ class TexTok(PretrainedMixin, nn.Module):
                 raise InputError(f"text features must be ({batch}, N_t, {self.config.text_dim}), got {tuple(features.shape)}")
             if not isinstance(mask, Tensor) or mask.shape != features.shape[:2] or mask.dtype != torch.bool:
                 raise InputError(f"the text mask must be bool of shape {tuple(features.shape[:2])}, True for a real token")
+            if self.config.text_positions and features.shape[1] > self.config.max_text_tokens:
+                raise InputError(
+                    f"text features have {features.shape[1]} tokens, this tokenizer has positions for "
+                    f"{self.config.max_text_tokens} (max_text_tokens)"
+                )
+            if not features.shape[1]:
+                return None
             return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
         captions = [captions] if isinstance(captions, str) else list(captions)
         if len(captions) != batch:
             raise InputError(f"got {len(captions)} captions for {batch} images; give one a picture, or None")
+        for caption in captions:
+            if not (caption is None or isinstance(caption, str)):
+                raise InputError(f"captions must be strings or None, got {type(caption).__name__}")
         features, mask = self.text_encoder([caption or "" for caption in captions])
         return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
 
@@ -319,7 +330,11 @@ def as_image_tensor(images: Images) -> Tensor:
     if isinstance(images, Tensor):
         return images
     if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "biuf":
+            raise InputError(f"images must be uint8 or float, got an array of {images.dtype}")
         return torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, (Image.Image, Sequence)):
+        raise InputError(f"images must be PIL images, an array or a tensor, got {type(images).__name__}")
     pictures = [images] if isinstance(images, Image.Image) else list(images)
     if not pictures:
         raise InputError("got an empty list of images")

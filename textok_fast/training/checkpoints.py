@@ -81,7 +81,8 @@ def load_checkpoint(
         moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; remove it to use the one before"
+            f"cannot read the checkpoint {path}: {(str(error) or type(error).__name__).splitlines()[0]}; "
+            "remove it to use the one before"
         ) from None
     for key, value in expected.items():
         if state.get(key) != value:

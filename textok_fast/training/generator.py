@@ -120,4 +120,10 @@ def train_generator(
         batch_size=64,
         progress=on_cache,
     )
-    return fit(task, TokenDataset(directory), collate_tokens, config, resume=resume, progress=progress)
+    tokens = TokenDataset(directory)
+    if config.model.num_classes and int(tokens.labels.max()) >= config.model.num_classes:
+        raise InputError(
+            f"the data has classes up to {int(tokens.labels.max())} ({len(dataset.label_names)} names); set "
+            f"model.num_classes={max(len(dataset.label_names), int(tokens.labels.max()) + 1)}, got {config.model.num_classes}"
+        )
+    return fit(task, tokens, collate_tokens, config, resume=resume, progress=progress)

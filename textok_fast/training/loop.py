@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from textok_fast.config import OptimConfig, RunConfig, to_dict
@@ -28,6 +30,14 @@ from textok_fast.errors import InputError
 from textok_fast.files import write_atomically
 from textok_fast.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
+
+
+class Examples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Task(Protocol):
@@ -114,7 +124,7 @@ class TrainResult:
 
 def fit(
     task: Task,
-    dataset: Dataset[Any],
+    dataset: Examples,
     collate: Callable[[list[Any]], dict[str, Any]],
     config: Any,
     *,
@@ -143,11 +153,6 @@ def fit(
     set_seed(run_config.seed)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     settings = to_dict(config)
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(settings, sort_keys=False)
-        write_atomically(run / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-
     task.model.to(device).train()
     optimizer = build_optimizer(task.model, optim_config)
     ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
@@ -157,10 +162,14 @@ def fit(
     expected["steps"] = run_config.steps
     done = load_checkpoint(checkpoints[-1], task.model, ema, optimizer, expected) if checkpoints else 0
     model, optimizer = accelerator.prepare(task.model, optimizer)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_atomically(run / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     per_step = run_config.gradient_accumulation
     batches = StepBatches(
-        len(dataset),  # type: ignore[arg-type]
+        len(dataset),
         run_config.batch_size,
         run_config.seed,
         done * per_step,
@@ -168,7 +177,15 @@ def fit(
         rank,
         world,
     )
-    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run_config.workers))
+    loader = iter(
+        DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=run_config.workers,
+            worker_init_fn=_leave_interrupts_to_main,
+        )
+    )
     log = _Log(run, done, tensorboard=run_config.tensorboard) if accelerator.is_main_process else None
     bar = tqdm(
         total=run_config.steps,
@@ -186,7 +203,7 @@ def fit(
             save_checkpoint(run, step, bare, ema, optimizer.optimizer, expected, run_config.keep_checkpoints)
 
     seen, since = 0, time.perf_counter()
-    step = done
+    interrupts = _Interrupts()
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
@@ -222,13 +239,13 @@ def fit(
             if (step + 1) % run_config.sample_every == 0 and not last and log is not None:
                 with _averaged(task.model, ema):
                     log.picture(step + 1, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
+            if interrupts.asked and not last:
+                checkpoint(step + 1)
+                raise KeyboardInterrupt
         step = run_config.steps
         checkpoint(step)
-    except KeyboardInterrupt:
-        if step > done:
-            checkpoint(step)
-        raise
     finally:
+        interrupts.close()
         bar.close()
         if log is not None:
             log.close()
@@ -257,6 +274,29 @@ def read_history(run: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return history
+
+
+def _leave_interrupts_to_main(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Interrupts:
+    """Notes the first Ctrl-C, so that the step in hand is finished and what is saved is a whole step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def close(self) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
 
 
 class _averaged:
