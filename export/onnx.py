@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +107,7 @@ def _export(
     if with_text:
         dynamic |= {"text": {0: batch, 1: length}, "text_mask": {0: batch, 1: length}}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, nothing a caller could act on
+        with _quiet_exporter():
             torch.onnx.export(
                 graph,
                 (),
@@ -141,6 +143,20 @@ def _export(
     finally:
         temporary.unlink(missing_ok=True)
     return OnnxCheck(str(path), worst, tolerance, OPSET, f"onnxruntime {onnxruntime.__version__}")
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without torch's deprecations and its notes that torchvision is absent: nothing there a caller could act on."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _inputs(

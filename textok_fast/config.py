@@ -343,7 +343,7 @@ _DEMO_DATA: dict[str, Any] = {"source": "emoji", "image_size": 64, "objects": 12
 _DEMO_GENERATOR: dict[str, Any] = {
     "data": _DEMO_DATA,
     "optim": {"lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.998},
-    "run": {"steps": 1500, "batch_size": 128, "log_every": 25, "checkpoint_every": 500},
+    "run": {"steps": 1000, "batch_size": 64, "log_every": 25, "checkpoint_every": 500},
     "cache_images": 8192,
 }
 
@@ -373,6 +373,8 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
             "objective": "flow",
             "model": {
                 "size": "tiny",
+                "width": 192,
+                "heads": 3,
                 "num_tokens": 4,
                 "in_channels": 8,
                 "num_classes": 0,

@@ -131,7 +131,7 @@ class DiT(PretrainedMixin, nn.Module):
         patches = ops.patchify(x, self.config.patch_size) if self.config.input_size else x  # (B, N, C p p)
         h = self.x_embedder(patches) + self.pos_embed  # (B, N, D)
         c = self.condition(t, y)  # (B, D)
-        tokens = None if self.text_embedder is None else self.text_embedder(text, len(x))
+        tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
         if self.image_embedder is not None and image_tokens is not None:
             h = torch.cat([h, self.image_embedder(image_tokens) + self.image_positions], dim=1)  # (B, N + M, D)
         for block in self.blocks:

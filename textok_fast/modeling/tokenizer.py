@@ -43,8 +43,8 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor, text: TextFeatures | None) -> Tensor:
         """pixels (B, 3, S, S) in [-1, 1] -> (B, N, out_dim)."""
         patches = self.patch_embed(ops.patchify(pixels, self.patch_size)) + self.patch_positions  # (B, hw, D)
-        latents = self.latents.expand(len(pixels), -1, -1)  # (B, N, D)
-        tokens = None if self.text is None else self.text(text, len(pixels))
+        latents = self.latents.expand(pixels.shape[0], -1, -1)  # (B, N, D)
+        tokens = None if self.text is None else self.text(text, pixels.shape[0])
         x, mask = join_text(torch.cat([patches, latents], dim=1), tokens)  # (B, hw + N + N_t, D)
         for block in self.blocks[:-1]:
             x = block(x, mask)
@@ -71,9 +71,9 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """latents (B, N, d) -> pixels (B, 3, S, S), not clamped."""
-        queries = self.queries.expand(len(latents), -1, -1)  # (B, hw, D)
+        queries = self.queries.expand(latents.shape[0], -1, -1)  # (B, hw, D)
         embedded = self.from_latents(latents) + self.latent_positions  # (B, N, D)
-        tokens = None if self.text is None else self.text(text, len(latents))
+        tokens = None if self.text is None else self.text(text, latents.shape[0])
         x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + N + N_t, D)
         for block in self.blocks[:-1]:
             x = block(x, mask)

@@ -281,7 +281,7 @@ def _leave_interrupts_to_main(worker: int) -> None:
 
 
 class _Interrupts:
-    """Notes the first Ctrl-C, so that the step in hand is finished and what is saved is a whole step; a second one stops at once."""
+    """Notes the first Ctrl-C, so that the step in hand is finished before anything is saved; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
