@@ -21,12 +21,12 @@ from textok_fast.config import TokenizerTrainConfig, load_config
 from textok_fast.data import CaptionedImages, collate, load_dataset
 from textok_fast.evaluation import machine_info, reconstruction_metrics
 from textok_fast.files import write_atomically
-from textok_fast.modeling import TexTok, TextFeatures
+from textok_fast.modeling import TextFeatures, TexTok
 from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.tokenizer import from_uint8, to_uint8
 from textok_fast.training.loop import StepBatches, StepRandom
 from textok_fast.training.losses import tokenizer_loss
-from textok_fast.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
+from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 from textok_fast.training.tokenizer import TokenizerTask
 
 POSITIONS = 16  # words a clause
@@ -92,12 +92,12 @@ def train(kind: str, config: TokenizerTrainConfig, count: int) -> dict[str, Any]
             sorted({word for caption in captions for word in caption.replace(";", "").split()}), config.model.text_dim
         )
     model = Both(task.model, table).train()
-    optimizer, ema = build_optimizer(model, config.optim), ExponentialMovingAverage(model, config.optim.ema_decay)
+    optimizers, ema = build_optimizers(model, config.optim), ExponentialMovingAverage(model, config.optim.ema_decay)
     steps, size, device = config.run.steps, config.run.batch_size, torch.device("cpu")
     start = time.process_time()
     for step, indices in enumerate(StepBatches(len(task.dataset), size, config.run.seed, 0, steps, 0, 1)):
-        for group in optimizer.param_groups:
-            group["lr"] = group.get("lr_scale", 1.0) * learning_rate(step, steps, config.optim)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(step, steps, config.optim)
         batch, rng = collate([task.dataset[i] for i in indices]), StepRandom(config.run.seed, step, 0, 0, 1, device)
         text = task.text(batch["captions"], device) if table is None else table(batch["captions"])
         assert text is not None
@@ -106,8 +106,9 @@ def train(kind: str, config: TokenizerTrainConfig, count: int) -> dict[str, Any]
         loss = tokenizer_loss(task.model(pixels, text), pixels, config.loss)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(model, step)
         if step % 50 == 49:
             print(f"{kind}: step {step + 1}, loss {loss.item():.4f}", file=sys.stderr, flush=True)

@@ -243,8 +243,13 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr."""
+    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr.
 
+    ``name`` "muon": the blocks' matrices go to Muon (Jordan et al. 2024; torch.optim.Muon, its updates scaled to AdamW's size,
+    so that ``lr`` means the same), everything else to AdamW.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01

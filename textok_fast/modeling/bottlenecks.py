@@ -123,10 +123,13 @@ class FSQBottleneck(Bottleneck):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> BottleneckOutput:
         # Bounded as in the paper: an even number of levels is shifted by half a step, so that rounding gives exactly L values.
         # The paper shrinks the bound by 1e-3, which leaves 2 levels without a shift (atanh of more than 1): widened instead, by
-        # less than rounding could carry over to a level that does not exist. In float32: bfloat16 would lose the widening.
+        # less than rounding could carry over to a level that does not exist. The shift, which puts z = 0 on a level, would need
+        # z < -3.8 for the lower of 2 levels, where no gradient is left: they are parted at z = 0. In float32: bfloat16 would
+        # lose the widening.
         half = (self.levels - 1).float() / 2 + 5e-4  # (d,)
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)  # (d,)
-        bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset  # (B, N, d)
+        shift = torch.where(self.levels > 2, torch.atanh(offset / half), 0.0)  # (d,)
+        bounded = torch.tanh(z.float() + shift) * half - offset  # (B, N, d)
         values = bounded.round()
         half_width = (self.levels // 2).float()  # (d,)
         with torch.no_grad():

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     ema: ExponentialMovingAverage,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -46,7 +47,7 @@ def save_checkpoint(
             {key: value.detach().contiguous() for key, value in model.state_dict().items()}, temporary / "model.safetensors"
         )
         save_file({key: value.contiguous() for key, value in ema.state_dict().items()}, temporary / "ema.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         for file in temporary.iterdir():
             with file.open("rb") as handle:
@@ -67,7 +68,11 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: ExponentialMovingAverage, optimizer: torch.optim.Optimizer, expected: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    ema: ExponentialMovingAverage,
+    optimizers: Sequence[torch.optim.Optimizer],
+    expected: dict[str, Any],
 ) -> int:
     """Restores everything and returns the number of finished steps.
 
@@ -91,5 +96,6 @@ def load_checkpoint(
             )
     load_state(model, weights, str(path))
     ema.load_state_dict(averages)
-    optimizer.load_state_dict(moments)
+    for optimizer, state_dict in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict(state_dict)
     return int(state["step"])

@@ -29,7 +29,7 @@ from textok_fast.config import OptimConfig, RunConfig, to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically
 from textok_fast.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from textok_fast.training.optim import ExponentialMovingAverage, build_optimizer, learning_rate
+from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 
 
 class Examples(Protocol):
@@ -154,14 +154,14 @@ def fit(
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     settings = to_dict(config)
     task.model.to(device).train()
-    optimizer = build_optimizer(task.model, optim_config)
+    optimizers = build_optimizers(task.model, optim_config)
     ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = {"settings": {key: value for key, value in settings.items() if key != "run"}, "seed": run_config.seed}
     expected["global_batch"] = run_config.batch_size * run_config.gradient_accumulation * world
     expected["steps"] = run_config.steps
-    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizer, expected) if checkpoints else 0
-    model, optimizer = accelerator.prepare(task.model, optimizer)
+    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected) if checkpoints else 0
+    model, *prepared = accelerator.prepare(task.model, *optimizers)
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(settings, sort_keys=False)
@@ -200,14 +200,14 @@ def fit(
     def checkpoint(step: int) -> None:
         if accelerator.is_main_process:
             bare = accelerator.unwrap_model(model)
-            save_checkpoint(run, step, bare, ema, optimizer.optimizer, expected, run_config.keep_checkpoints)
+            save_checkpoint(run, step, bare, ema, optimizers, expected, run_config.keep_checkpoints)
 
     seen, since = 0, time.perf_counter()
     interrupts = _Interrupts()
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in prepared for group in optimizer.param_groups):
                 group["lr"] = rate
             for micro in range(per_step):
                 batch = next(loader)
@@ -218,8 +218,9 @@ def fit(
                     accelerator.backward(terms["loss"])
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), optim_config.grad_clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    for optimizer in prepared:
+                        optimizer.step()
+                        optimizer.zero_grad()
                 seen += run_config.batch_size * world
             ema.update(task.model, step)
             last = step + 1 == run_config.steps

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and the moving average of the weights."""
+"""Optimizers, learning-rate schedule and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ from torch import Tensor, nn
 from textok_fast.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on biases, norms, embeddings' positions and learned tokens."""
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon beside it for ``config.name`` "muon". Every optimizer steps once a step, at the same learning rate.
+
+    Weight decay is on the linear layers' matrices only, not on biases, norms, embeddings, positions and learned tokens.
+    """
+    in_blocks = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
+    muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                (decayed if isinstance(module, nn.Linear) and name == "weight" else plain).append(parameter)
+            if not parameter.requires_grad:
+                continue
+            if not (isinstance(module, nn.Linear) and name == "weight"):
+                plain.append(parameter)
+            elif config.name == "muon" and id(parameter) in in_blocks:
+                muon.append(parameter)
+            else:
+                decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
