@@ -121,7 +121,9 @@ def test_a_nested_size_takes_its_row_of_the_table() -> None:
 
 def test_a_size_given_on_the_command_line_replaces_the_presets_size() -> None:
     config = load_config(TokenizerTrainConfig, "demo", overrides=["model.size=base"])
-    assert (config.model.width, config.model.encoder_depth) == (768, 12)
+    assert (config.model.width, config.model.encoder_depth, config.model.heads) == (768, 12, 12)
+    for overrides in (["model.size=base", "model.encoder_depth=3"], ["model.encoder_depth=3", "model.size=base"]):
+        assert load_config(TokenizerTrainConfig, "demo", overrides=overrides).model.encoder_depth == 3
     assert config.model.patch_size == load_config(TokenizerTrainConfig, "demo").model.patch_size  # the preset names it
 
 

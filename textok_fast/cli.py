@@ -361,22 +361,27 @@ def _say(args: argparse.Namespace, text: str) -> None:
 
 
 class _progress:
-    """A bar on stderr whose callback takes (done, total)."""
+    """A bar on stderr whose callback takes (done, total); it appears with the first call, so that a mistake is one line."""
 
     def __init__(self, title: str, silent: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(desc=title, disable=silent, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 20.0)
+        self.title, self.silent = title, silent
+        self.bar: Any = None
 
     def __enter__(self) -> Callable[[int, int], None]:
         return self._advance
 
     def _advance(self, done: int, total: int) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            interval = 0.5 if sys.stderr.isatty() else 20.0
+            self.bar = tqdm(desc=self.title, total=total, disable=self.silent, file=sys.stderr, mininterval=interval)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _device(name: str) -> str:

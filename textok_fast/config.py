@@ -363,13 +363,13 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
                 "patch_size": 16,
                 "num_tokens": 4,
                 "latent_dim": 8,
+                "encoder_depth": 2,
                 "text_split": "; ",
-                "text_positions": True,
                 "max_text_tokens": 64,
             },
             "data": _DEMO_DATA,
-            "optim": {"lr": 1e-3, "warmup_steps": 50, "ema_decay": 0.995},
-            "run": {"steps": 1000, "batch_size": 32, "log_every": 10, "checkpoint_every": 250, "sample_every": 250},
+            "optim": {"name": "muon", "lr": 2e-3, "warmup_steps": 50, "ema_decay": 0.995},
+            "run": {"steps": 700, "batch_size": 32, "log_every": 10, "checkpoint_every": 250, "sample_every": 250},
         }
     },
     GeneratorTrainConfig: {
@@ -396,6 +396,8 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     },
 }
 
+_SIZED = frozenset({"width", "depth", "heads", "encoder_depth", "decoder_depth"})  # the fields of the tables of sizes
+
 C = TypeVar("C")
 
 
@@ -412,10 +414,11 @@ def load_config(cls: type[C], preset: str | None = None, file: str | Path | None
             raise InputError(f"unknown preset {preset!r}; known: {', '.join(sorted(known)) or 'none'}")
         values = _merge(values, known[preset])
     if file is not None:
-        values = _merge(values, read_yaml(file))
+        values = _lay_over(values, read_yaml(file))
+    given: dict[str, Any] = {}
     for item in overrides:
-        values = _merge(values, _parse_override(item))
-    return from_mapping(cls, values)
+        given = _merge(given, _parse_override(item))
+    return from_mapping(cls, _lay_over(values, given))
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -525,6 +528,19 @@ def _parse_override(item: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _lay_over(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``; a ``size`` in ``top`` replaces what ``base`` says about the fields that a size decides."""
+
+    def without_sized(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in base.items() if "size" not in top or key not in _SIZED}
+        for key, value in kept.items():
+            if isinstance(value, Mapping) and isinstance(top.get(key), Mapping):
+                kept[key] = without_sized(value, top[key])
+        return kept
+
+    return _merge(without_sized(base, top), top)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

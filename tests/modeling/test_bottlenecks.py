@@ -119,12 +119,21 @@ def test_an_fsq_channel_has_exactly_its_levels(level: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsq_rounds_at_the_thresholds_of_its_formula(dtype: torch.dtype) -> None:
-    """z = 0 is an exact level for odd and even numbers of levels alike; far out lie the outermost ones."""
+    """z = 0 is an exact level for odd and even numbers of levels above 2 alike; far out lie the outermost ones."""
     bottleneck = FSQBottleneck((2, 3, 4, 5, 8)).eval()
     out = bottleneck(torch.tensor([[[0.0] * 5, [50.0] * 5, [-50.0] * 5]], dtype=dtype))
     assert out.latents.dtype == dtype
     wanted = [[0, 0, 0, 0, 0], [0, 1, 0.5, 1, 0.75], [-1] * 5]
     assert out.latents[0].float().tolist() == wanted
+
+
+def test_untrained_inputs_use_every_level() -> None:
+    """Inputs of unit variance, as a fresh encoder gives them, reach each level of each channel."""
+    out = FSQBottleneck((2, 3, 4, 5, 8)).eval()(torch.randn(1, 4000, 5))
+    for channel, level in enumerate((2, 3, 4, 5, 8)):
+        values, count = out.latents[0, :, channel].unique(return_counts=True)
+        assert len(values) == level
+        assert int(count.min()) > 4000 / level / 20
 
 
 def test_the_indices_of_fsq_are_a_bijection_over_the_whole_codebook() -> None:
@@ -152,11 +161,12 @@ def test_fsq_is_straight_through() -> None:
     out = bottleneck(z)
     weights = torch.randn(2, 6, 3)
     (got,) = torch.autograd.grad((out.latents * weights).sum(), z)
-    # d/dz of tanh(z + atanh(offset / half)) half / floor(L / 2), written out.
+    # d/dz of tanh(z + shift) half / floor(L / 2) written out, shift = atanh(offset / half) but 0 for 2 levels.
     half = (levels - 1) / 2 + 5e-4
-    shift = np.arctanh(np.where(levels % 2 == 0, 0.5, 0.0) / half.numpy())
+    shift = np.where(levels > 2, np.arctanh(np.where(levels % 2 == 0, 0.5, 0.0) / half.numpy()), 0.0)
     slope = (1 - np.tanh(z.detach().double().numpy() + shift) ** 2) * half.numpy() / (levels // 2).numpy()
     np.testing.assert_allclose(got.numpy(), weights.numpy() * slope, rtol=1e-3, atol=1e-5)
+    assert float(got.abs().mean()) > 0.1  # nowhere near a dead channel
     # And forward it is quantized: training and evaluation agree.
     torch.testing.assert_close(out.latents, bottleneck.eval()(z).latents)
 

@@ -61,7 +61,8 @@ class Task(Protocol):
 
 def seeded_generator(*seeds: int) -> torch.Generator:
     """A CPU generator whose stream depends on all the numbers given (numpy's SeedSequence mixes them)."""
-    state = np.random.SeedSequence(list(seeds)).generate_state(1, np.uint64)
+    # The count first: to numpy (1, 2) and (1, 2, 0) are the same.
+    state = np.random.SeedSequence([len(seeds), *seeds]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) & (2**63 - 1))
 
 
@@ -137,6 +138,7 @@ def fit(
     Ctrl-C writes a checkpoint before it passes on. Raises InputError when the directory holds a run and ``resume`` is not set.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     run_config: RunConfig = config.run
@@ -145,6 +147,7 @@ def fit(
     checkpoints = list_checkpoints(run)
     if not resume and (checkpoints or (run / "final").exists()):
         raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(
         mixed_precision=run_config.mixed_precision,
         gradient_accumulation_steps=run_config.gradient_accumulation,

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from textok_fast import InputError, TexTok
+from textok_fast.data import load_dataset, write_shards
+from textok_fast.inference.folders import decode_folder, encode_folder
+
+Make = Callable[..., TexTok]
+Format = Literal["safetensors", "webdataset"]
+FORMATS: list[Format] = ["safetensors", "webdataset"]
+
+
+@pytest.fixture
+def model(make_tokenizer: Make, loads_fake_text: Any, tmp_path: Path) -> str:
+    return str(make_tokenizer(bottleneck="vq").save_pretrained(tmp_path / "model"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven captioned pictures, one of them in a subfolder, beside three that cannot be used."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        place = folder / "sub" if i == 6 else folder
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place / f"picture.{i}.png")
+        (place / f"picture.{i}.txt").write_text(f"caption number {i}")
+    (folder / "corrupt.png").write_bytes(b"\x89PNG not really")
+    (folder / "corrupt.txt").write_text("a caption")
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16)).save(folder / f"{name}.png")
+    (folder / "b.txt").write_text("  \n")
+    return folder
+
+
+def read(out: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in out.glob("*.png")}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_folder_becomes_tokens_and_comes_back(model: str, pictures: Path, tmp_path: Path, format: Format) -> None:
+    seen: list[tuple[int, int]] = []
+    report = encode_folder(
+        model, str(pictures), tmp_path / "tokens", format, 2, 3, progress=lambda done, total: seen.append((done, total))
+    )
+    assert (report["pictures"], report["tokens"], report["shards_reused"]) == (7, [3, 4], 0)
+    assert sum(report["skipped"].values()) == 3
+    assert report["skipped"]["missing caption"] == 2
+    assert seen[-1] == (7, 7)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+    back = decode_folder(model, tmp_path / "tokens", tmp_path / "back", batch_size=2)
+    assert (back["pictures"], back["new"]) == (7, 7)
+    found = read(tmp_path / "back")
+    assert len(found) == 7
+    # Each file is what the tokenizer itself makes of its picture and caption, whatever the batch.
+    tokenizer = TexTok.from_pretrained(model)
+    wanted = []
+    for i in range(7):
+        picture = Image.open(next(pictures.rglob(f"picture.{i}.png")))
+        tokens = tokenizer.encode(picture, [f"caption number {i}"])
+        wanted.append(tokenizer.decode(tokens, [f"caption number {i}"], output="uint8")[0].numpy())
+    for picture in wanted:
+        assert min(int(np.abs(picture.astype(int) - other).max()) for other in found.values()) <= 1
+
+
+def test_both_formats_hold_the_same(model: str, pictures: Path, tmp_path: Path) -> None:
+    encode_folder(model, str(pictures), tmp_path / "a", "safetensors", shard_size=4)
+    encode_folder(model, str(pictures), tmp_path / "b", "webdataset", shard_size=4)
+    tensors = [load_file(path) for path in sorted((tmp_path / "a").glob("*.safetensors"))]
+    tokens = torch.cat([shard["tokens"] for shard in tensors]).numpy()
+    indices = torch.cat([shard["indices"] for shard in tensors]).numpy()
+    members: dict[str, bytes] = {}
+    for path in sorted((tmp_path / "b").glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    keys = [name[:-4] for name in members if name.endswith(".txt")]
+    assert len(keys) == 7
+    for row, key in enumerate(keys):
+        (tmp_path / "x.npy").write_bytes(members[f"{key}.npy"])
+        np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), tokens[row])
+        (tmp_path / "x.npy").write_bytes(members[f"{key}.indices.npy"])
+        np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), indices[row])
+        assert members[f"{key}.cls"] == b"0"
+    for name in ("a", "b"):
+        decode_folder(model, tmp_path / name, tmp_path / f"{name}-back")
+    a, b = read(tmp_path / "a-back"), read(tmp_path / "b-back")
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_both_directions_go_on_where_they_stopped(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format
+) -> None:
+    tokens, out = tmp_path / "tokens", tmp_path / "back"
+
+    def stop_after(limit: int) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if done >= limit:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(model, str(pictures), tokens, format, 3, 3, progress=stop_after(6))
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(model, str(pictures), tokens, format, 2, 3, progress=stop_after(7))
+    kept = {path: path.stat().st_mtime_ns for path in tokens.glob("tokens-*")}
+    assert kept
+    report = encode_folder(model, str(pictures), tokens, format, 3, 3)
+    assert report["shards_reused"] == len(kept)
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert not [path for path in tokens.iterdir() if path.name.startswith(".")]
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_folder(model, tokens, out, batch_size=2, progress=stop_after(4))
+    assert len(read(out)) == 4
+    assert decode_folder(model, tokens, out)["new"] == 3
+    assert decode_folder(model, tokens, out)["new"] == 0
+    assert len(read(out)) == 7
+
+
+def test_captions_can_be_left_out_when_decoding(model: str, pictures: Path, tmp_path: Path) -> None:
+    encode_folder(model, str(pictures), tmp_path / "tokens")
+    decode_folder(model, tmp_path / "tokens", tmp_path / "with")
+    decode_folder(model, tmp_path / "tokens", tmp_path / "without", with_captions=False)
+    a, b = read(tmp_path / "with"), read(tmp_path / "without")
+    assert a.keys() == b.keys()
+    assert any(not np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_shards_of_pictures_are_read_too(model: str, tmp_path: Path, train_config: Any) -> None:
+    dataset = load_dataset(train_config(tmp_path).data, "train", length=5)
+    write_shards(dataset, tmp_path / "shards", shard_size=3)
+    pattern = str(tmp_path / "shards" / sorted(path.name for path in (tmp_path / "shards").glob("*.tar"))[0])
+    assert encode_folder(model, pattern, tmp_path / "tokens")["pictures"] == 3
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_tokenizer_is_refused(model: str, pictures: Path, make_tokenizer: Make, tmp_path: Path, format: Format) -> None:
+    other = str(make_tokenizer(seed=5, bottleneck="vq").save_pretrained(tmp_path / "other"))
+    encode_folder(model, str(pictures), tmp_path / "tokens", format)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tokens").iterdir()}
+    with pytest.raises(InputError, match="made by another tokenizer"):
+        decode_folder(other, tmp_path / "tokens", tmp_path / "back")
+    with pytest.raises(InputError, match="tokens made otherwise"):
+        encode_folder(other, str(pictures), tmp_path / "tokens", format)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tokens").iterdir()} == before
+
+
+def test_mistakes_are_named(model: str, pictures: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "notokens").mkdir()
+    (tmp_path / "notokens" / "index.json").write_text("[")
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: encode_folder(model, str(tmp_path / "none"), tmp_path / "t"), "no folder"),
+        (lambda: encode_folder(model, str(empty), tmp_path / "t"), "empty"),
+        (lambda: encode_folder(str(empty), str(pictures), tmp_path / "t"), "config.json"),
+        (lambda: encode_folder(model, str(pictures), tmp_path / "t", batch_size=0), "batch-size must be at least 1"),
+        (lambda: encode_folder(model, str(pictures), tmp_path / "t", shard_size=0), "shard-size"),
+        (lambda: decode_folder(model, tmp_path / "none", tmp_path / "t"), "no directory"),
+        (lambda: decode_folder(model, empty, tmp_path / "t"), "index.json"),
+        (lambda: decode_folder(model, tmp_path / "notokens", tmp_path / "t"), "cannot read"),
+    ]
+    for call, message in calls:
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_shard_is_named(model: str, pictures: Path, tmp_path: Path, format: Format) -> None:
+    encode_folder(model, str(pictures), tmp_path / "tokens", format)
+    (shard,) = (tmp_path / "tokens").glob("tokens-*")
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(InputError, match=f"{shard.name}.*remove it and encode again"):
+        decode_folder(model, tmp_path / "tokens", tmp_path / "back")
+    shard.unlink()
+    with pytest.raises(InputError, match="no token shards"):
+        decode_folder(model, tmp_path / "tokens", tmp_path / "back")
+    assert json.loads((tmp_path / "tokens" / "index.json").read_text())["count"] == 7

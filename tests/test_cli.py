@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from textok_fast import DiT, DiTConfig, InputError, TexTok, __version__
+from textok_fast.cli import build_parser, main
+from textok_fast.config import TokenizerTrainConfig, to_dict
+
+Make = Callable[..., TexTok]
+
+
+class Result:
+    """What a command left: its exit code and both streams."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    def call(*arguments: object) -> Result:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def assert_one_line(result: Result, *parts: str) -> None:
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err
+
+
+def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield path, parser
+    for group in groups:
+        for name, child in group.choices.items():
+            yield from commands(child, (*path, name))
+
+
+@pytest.fixture
+def model(make_tokenizer: Make, tmp_path: Path) -> Path:
+    return make_tokenizer(text="none").save_pretrained(tmp_path / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 10, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"caption {i}")
+    return folder
+
+
+# -- help and arguments -------------------------------------------------------------------------------------------------------
+
+ALL = [path for path, _ in commands(build_parser())]
+
+
+def test_all_commands_are_there() -> None:
+    names = {"demo", "data", "train", "encode", "decode", "sample", "bench", "info"}
+    assert {path[0] for path in ALL} == names
+    assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch"), ("bench", "speedup")} <= set(ALL)
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_shows_an_example_that_parses(run: Callable[..., Result], path: tuple[str, ...]) -> None:
+    import shlex
+
+    result = run(*path, "--help")
+    assert result.code == 0
+    assert "example:" in result.out
+    example = result.out.split("example:")[1].strip().splitlines()[0]
+    program, *arguments = shlex.split(example)
+    assert program == "textok-fast"
+    assert tuple(arguments[: len(path)]) == path
+    assert callable(build_parser().parse_args(arguments).handler)
+
+
+def test_version(run: Callable[..., Result]) -> None:
+    assert __version__ in run("--version").out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["train"], ["encode"], ["bench", "speedup", "--size", "huge"]])
+def test_wrong_arguments_end_with_2_and_the_usage(run: Callable[..., Result], arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "usage: textok-fast" in result.err
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_such_file(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    assert_one_line(run("encode", "--model", model, "--images", none, "--out", tmp_path / "t"), str(none))
+    assert_one_line(run("encode", "--model", none, "--images", pictures, "--out", tmp_path / "t"), str(none))
+    assert_one_line(run("encode", "--model", model, "--images", none / "x.tar", "--out", tmp_path / "t"), "x.tar")
+    assert_one_line(run("decode", "--model", model, "--tokens", none, "--out", tmp_path / "t"), str(none))
+    assert_one_line(run("sample", "--model", none, "--prompt", "a", "--out", tmp_path / "t"), str(none))
+    assert_one_line(run("train", "tokenizer", "--config", none), str(none))
+    assert_one_line(run("train", "generator", f"tokenizer={none}", f"run.output_dir={tmp_path / 'r'}"), str(none))
+    assert_one_line(run("data", "preview", "source=folder", f"path={none}"), str(none))
+    assert_one_line(run("data", "preview", "source=folder"), "path")
+
+
+def test_not_an_image(run: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_text("not an image")
+    (folder / "a.txt").write_text("caption")
+    assert_one_line(run("encode", "--model", model, "--images", folder, "--out", tmp_path / "t"), str(folder))
+    picture = folder / "a.png"
+    assert_one_line(run("encode", "--model", model, "--images", picture, "--out", tmp_path / "t"), str(picture))
+
+
+def test_a_wrong_checkpoint_directory(run: Callable[..., Result], pictures: Path, model: Path, tmp_path: Path) -> None:
+    dit = DiT(DiTConfig(num_tokens=3, in_channels=4, width=32, depth=1, heads=2)).save_pretrained(tmp_path / "dit")
+    out = tmp_path / "t"
+    assert_one_line(run("encode", "--model", pictures, "--images", pictures, "--out", out), "config.json", str(pictures))
+    assert_one_line(run("encode", "--model", dit, "--images", pictures, "--out", out), "textok-dit")
+    assert_one_line(run("sample", "--model", model, "--prompt", "a", "--out", out), "pipeline.json")
+    (model / "model.safetensors").write_bytes(b"")
+    assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", out), "model.safetensors")
+
+
+def test_an_empty_caption_file(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n  \n")
+    assert_one_line(run("sample", "--model", model, "--prompts", prompts, "--out", tmp_path / "t"), str(prompts), "no captions")
+    prompts.write_bytes(b"\xff\xfe\x00")
+    assert_one_line(run("sample", "--model", model, "--prompts", prompts, "--out", tmp_path / "t"), str(prompts))
+    for name in ("captions.jsonl", "captions.csv"):
+        (pictures / name).write_text("")
+        assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", tmp_path / "t"), "pictures")
+        (pictures / name).unlink()
+
+
+def test_settings_that_cannot_be(run: Callable[..., Result], tmp_path: Path) -> None:
+    out = f"run.output_dir={tmp_path / 'r'}"
+    assert_one_line(run("train", "tokenizer", out, "model.image_size=66", "data.image_size=66"), "66", "patch_size")
+    assert_one_line(run("train", "tokenizer", out, "optim.learning_rate=1"), "optim.learning_rate")
+    assert_one_line(run("train", "generator", out, "modl.size=S"), "modl")
+    assert_one_line(run("train", "tokenizer", out, "--preset", "none"), "none", "demo")
+    assert_one_line(run("train", "tokenizer", out, "run.batch_size=0"), "batch_size")
+    assert_one_line(run("data", "preview", "source=shapes", "colour=1"), "colour")
+    assert_one_line(run("data", "preview", "source=shapes", "--split", "x", "--out", tmp_path / "s.png"), "'x'")
+    assert_one_line(run("data", "preview", "source=shapes", "image_size=0", "--out", tmp_path / "s.png"), "image_size")
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_impossible_device(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ("encode", "--model", model, "--images", pictures, "--out", tmp_path / "t", "--device")
+    assert_one_line(run(*arguments, "tpu"), "tpu")
+    if not torch.cuda.is_available():
+        assert_one_line(run(*arguments, "cuda"), "no GPU")
+
+
+def test_a_place_that_cannot_be_written(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", taken), str(taken))
+    assert_one_line(run("bench", "speedup", "--size", "tiny", "--tokens", 4, "--out", tmp_path), str(tmp_path))
+    assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "/somewhere/file"), OSError(errno.ENOSPC, "x")]
+)
+def test_a_full_disk(
+    run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    arguments = ("encode", "--model", model, "--images", pictures, "--out", tmp_path / "t", "--shard-size", 2)
+    import textok_fast.data.token_cache as cache
+
+    save = cache.save_file
+
+    def full(tensors: Any, path: Path, **options: Any) -> None:
+        if len(list((tmp_path / "t").glob("tokens-*"))) == 1:
+            path.write_bytes(b"part")
+            raise error
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(cache, "save_file", full)
+    assert_one_line(run(*arguments, "--json"), "the disk is full", "free some space")
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["index.json", "tokens-00000.safetensors"]
+    monkeypatch.setattr(cache, "save_file", save)
+    again = run(*arguments, "--json")
+    assert json.loads(again.out)["shards_reused"] == 1
+
+
+def test_a_full_disk_while_training_keeps_the_checkpoints(
+    run: Callable[..., Result],
+    train_config: Callable[..., TokenizerTrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import textok_fast.training.checkpoints as checkpoints
+
+    directory, settings = tmp_path / "run", tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(to_dict(train_config(directory))))
+    save, calls = torch.save, 0
+
+    def full(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    result = run("train", "tokenizer", "--config", settings, "--json")
+    assert result.code == 2
+    assert "the disk is full" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+    assert [path.name for path in checkpoints.list_checkpoints(directory)] == ["checkpoint-000003"]
+    assert not list(directory.glob(".checkpoint*"))
+    assert run("train", "tokenizer", "--config", settings, "--resume", "--json").code == 0
+
+
+def test_ctrl_c(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("textok_fast.info.collect", interrupted)
+    result = run("info")
+    assert result.code == 130
+    assert "what was finished is kept" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_message_of_several_lines_is_one_line(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        raise InputError("first\n   second")
+
+    monkeypatch.setattr("textok_fast.info.collect", wrong)
+    assert_one_line(run("info"), "error: first second")
+
+
+def test_a_bug_keeps_its_traceback(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textok_fast.info.collect", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("info")
+
+
+# -- the commands at work ---------------------------------------------------------------------------------------------
+
+
+def test_info(run: Callable[..., Result]) -> None:
+    found = json.loads(run("info", "--json").out)
+    assert found["textok_fast"] == __version__
+    assert found["libraries"]["torch"] == torch.__version__
+    assert {"machine", "native", "extras", "cache"} <= set(found)
+    assert f"textok-fast {__version__}" in run("info").out
+
+
+def test_data(run: Callable[..., Result], tmp_path: Path) -> None:
+    shapes = ("source=shapes", "objects=8", "held_out_objects=4", "image_size=16")
+    sheet = run("data", "preview", "--out", tmp_path / "new" / "sheet.png", "--count", 4, "--json", *shapes)
+    assert json.loads(sheet.out)["out"] == str(tmp_path / "new" / "sheet.png")
+    assert Image.open(tmp_path / "new" / "sheet.png").size[0] > 16
+    made = run("data", "make", "--out", tmp_path / "made", "--count", 3, "--json", *shapes)
+    assert json.loads(made.out)["new"] == 3
+    assert len(list((tmp_path / "made").glob("*.png"))) == len(list((tmp_path / "made").glob("*.txt"))) == 3
+    assert json.loads(run("data", "make", "--out", tmp_path / "made", "--count", 3, "--json", *shapes).out)["new"] == 0
+
+
+def test_the_whole_way(
+    run: Callable[..., Result], train_config: Callable[..., TokenizerTrainConfig], pictures: Path, tmp_path: Path
+) -> None:
+    """train, encode, decode, train, sample: with --json nothing but JSON on stdout."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(to_dict(train_config(tmp_path / "tok"))))
+    trained = run("train", "tokenizer", "--config", settings, "--json", "run.steps=2")
+    assert (trained.code, json.loads(trained.out)["last"]["step"]) == (0, 2)
+    final = json.loads(trained.out)["final"]
+    assert_one_line(run("train", "tokenizer", "--config", settings, "run.steps=2"), "--resume")
+
+    tokens = tmp_path / "tokens"
+    encoded = run("encode", "--model", final, "--images", pictures, "--out", tokens, "--json")
+    assert json.loads(encoded.out)["pictures"] == 3
+    spoken = run("encode", "--model", final, "--images", pictures, "--out", tokens)
+    assert f"wrote 3 pictures' tokens to {tokens} (1 shards were there)" in spoken.out
+    decoded = run("decode", "--model", final, "--tokens", tokens, "--out", tmp_path / "back", "--json")
+    assert json.loads(decoded.out)["new"] == 3
+    assert len(list((tmp_path / "back").glob("*.png"))) == 3
+
+    model = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 1, "heads": 2, "num_classes": 8, "text_dim": 0}
+    config = {**to_dict(train_config(tmp_path / "dit")), "tokenizer": final, "model": model, "objective": "gaussian"}
+    config = {key: value for key, value in config.items() if key not in ("loss", "caption_dropout")}
+    settings.write_text(yaml.safe_dump(config))
+    generator = run("train", "generator", "--config", settings, "--json", "run.steps=2", "cache_images=8")
+    assert generator.code == 0, generator.err
+    directory = json.loads(generator.out)["final"]
+    name = json.loads((Path(directory) / "pipeline.json").read_text())["label_names"][0]
+    arguments = ("sample", "--model", directory, "--label", name, "--label", 1, "--count", 2, "--steps", 2, "--guidance", 2)
+    sampled = run(*arguments, "--out", tmp_path / "samples", "--json")
+    report = json.loads(sampled.out)
+    assert [item["seed"] for item in report["samples"]] == [0, 1, 2, 3]
+    assert [item["for"] for item in report["samples"]] == [name, name, 1, 1]
+    assert all(np.asarray(Image.open(path)).shape == (16, 16, 3) for path in report["images"])
+    assert_one_line(run(*arguments, "--out", tmp_path / "samples"), "holds samples already")
+    assert_one_line(run("sample", "--model", directory, "--prompt", "a", "--out", tmp_path / "x"), "--label")
+    assert_one_line(run("sample", "--model", directory, "--label", "nobody", "--out", tmp_path / "x"), "nobody")
+    assert_one_line(run("sample", "--model", directory, "--label", -1, "--out", tmp_path / "x"), "-1")
+    assert_one_line(run("sample", "--model", directory, "--out", tmp_path / "x"), "--label")
+    assert_one_line(run("sample", "--model", directory, "--label", 1, "--steps", 0, "--out", tmp_path / "x"), "steps")
+    assert_one_line(run("sample", "--model", directory, "--label", 1, "--sampler", "euler", "--out", tmp_path / "x"), "euler")
+    assert_one_line(run("sample", "--model", directory, "--label", 1, "--seed", -1, "--out", tmp_path / "x"), "seed")
