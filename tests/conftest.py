@@ -77,8 +77,7 @@ def fake_text() -> FakeTextEncoder:
 def loads_fake_text(monkeypatch: pytest.MonkeyPatch) -> FakeTextEncoder:
     """Whoever loads a text encoder gets this one."""
     encoder = FakeTextEncoder()
-    for module in ("textok_fast.modeling.tokenizer", "textok_fast.training.tokenizer"):
-        monkeypatch.setattr(f"{module}.load_text_encoder", lambda *args, **options: encoder)
+    monkeypatch.setattr("textok_fast.modeling.tokenizer.load_text_encoder", lambda *args, **options: encoder)
     return encoder
 
 

@@ -3,6 +3,10 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
+import subprocess
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,9 @@ import yaml
 from PIL import Image
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, __version__
-from textok_fast.cli import build_parser, main
+from textok_fast.cli import _parse, _trained, build_parser, main
 from textok_fast.config import TokenizerTrainConfig, to_dict
+from textok_fast.training.loop import TrainResult
 
 Make = Callable[..., TexTok]
 
@@ -50,9 +55,9 @@ def assert_one_line(result: Result, *parts: str) -> None:
 
 
 def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every parser with the words that lead to it, those that only lead on included."""
+    yield path, parser
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if not groups:
-        yield path, parser
     for group in groups:
         for name, child in group.choices.items():
             yield from commands(child, (*path, name))
@@ -80,7 +85,7 @@ ALL = [path for path, _ in commands(build_parser())]
 
 def test_all_commands_are_there() -> None:
     names = {"demo", "data", "train", "encode", "decode", "sample", "bench", "info"}
-    assert {path[0] for path in ALL} == names
+    assert {path[0] for path in ALL if path} == names
     assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch"), ("bench", "speedup")} <= set(ALL)
 
 
@@ -98,11 +103,45 @@ def test_help_shows_an_example_that_parses(run: Callable[..., Result], path: tup
     assert callable(build_parser().parse_args(arguments).handler)
 
 
+def test_settings_may_stand_behind_options() -> None:
+    args = _parse(["train", "tokenizer", "a=1", "--resume", "b=2", "--json", "c=3"])
+    assert (args.overrides, args.resume, args.json) == (["a=1", "b=2", "c=3"], True, True)
+    assert _parse(["train", "tokenizer", "--resume", "a=1"]).overrides == ["a=1"]
+
+
+def test_with_json_everything_else_goes_to_stderr(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textok_fast.info.collect", lambda: print("a note of some library") or {"a": 1})
+    monkeypatch.setattr("textok_fast.info.describe", str)
+    result = run("info", "--json")
+    assert json.loads(result.out) == {"a": 1}
+    assert "a note of some library" in result.err
+
+
+def test_of_several_processes_one_tells_the_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    told = {}
+    for is_main in (True, False):
+        monkeypatch.setattr(accelerate, "PartialState", lambda is_main=is_main: types.SimpleNamespace(is_main_process=is_main))
+        told[is_main] = (_trained(TrainResult(Path("run"), Path("run/final"), []), "wrote run/final"), capsys.readouterr().out)
+    assert told == {True: ({"run": "run", "final": "run/final", "last": None}, "wrote run/final\n"), False: (None, "")}
+
+
 def test_version(run: Callable[..., Result]) -> None:
     assert __version__ in run("--version").out
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["train"], ["encode"], ["bench", "speedup", "--size", "huge"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nope"],
+        ["train"],
+        ["encode"],
+        ["bench", "speedup", "--size", "huge"],
+        ["info", "a=1"],
+        ["train", "tokenizer", "a=1", "--nope", "b=2"],
+    ],
+)
 def test_wrong_arguments_end_with_2_and_the_usage(run: Callable[..., Result], arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.code == 2
@@ -188,26 +227,55 @@ def test_a_place_that_cannot_be_written(run: Callable[..., Result], model: Path,
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device", "/somewhere/file"), OSError(errno.ENOSPC, "x")]
 )
-def test_a_full_disk(
-    run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+def test_a_full_disk(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def full() -> None:
+        raise error
+
+    monkeypatch.setattr("textok_fast.info.collect", full)
+    assert_one_line(run("info", "--json"), "the disk is full", error.filename or "", "free some space")
+
+
+LIMITED = """
+import json, resource, sys
+from textok_fast.cli import main
+import textok_fast.training.loop, textok_fast.inference.folders
+for limit, arguments in json.loads(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    print(main(arguments), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
+def test_files_that_cannot_be_written_to_their_end(
+    run: Callable[..., Result],
+    train_config: Callable[..., TokenizerTrainConfig],
+    model: Path,
+    pictures: Path,
+    tmp_path: Path,
 ) -> None:
-    arguments = ("encode", "--model", model, "--images", pictures, "--out", tmp_path / "t", "--shard-size", 2)
-    import textok_fast.data.token_cache as cache
-
-    save = cache.save_file
-
-    def full(tensors: Any, path: Path, **options: Any) -> None:
-        if len(list((tmp_path / "t").glob("tokens-*"))) == 1:
-            path.write_bytes(b"part")
-            raise error
-        save(tensors, path, **options)
-
-    monkeypatch.setattr(cache, "save_file", full)
-    assert_one_line(run(*arguments, "--json"), "the disk is full", "free some space")
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["index.json", "tokens-00000.safetensors"]
-    monkeypatch.setattr(cache, "save_file", save)
-    again = run(*arguments, "--json")
-    assert json.loads(again.out)["shards_reused"] == 1
+    """Token shards and checkpoints, by safetensors and by torch: one line, and what was finished before stays."""
+    pytest.importorskip("accelerate")
+    (pictures / "2.txt").write_text("word " * 2000)  # the second shard's header alone is over the limit
+    encode = ["encode", "--model", model, "--images", pictures, "--out", tmp_path / "tokens", "--shard-size", 2, "--json"]
+    settings, directory = tmp_path / "settings.yaml", tmp_path / "run"
+    settings.write_text(yaml.safe_dump(to_dict(train_config(directory))))
+    train = ["train", "tokenizer", "--config", settings, "--json"]
+    size = (model / "model.safetensors").stat().st_size
+    calls = [(6000, encode), (size // 2, train), (size * 3 // 2, train)]
+    arguments = json.dumps([(limit, [str(part) for part in command]) for limit, command in calls])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line for line in done.stderr.splitlines() if line in ("0", "2")] == ["2", "2", "2"]
+    for error, name in zip(errors, ("tokens-00001.safetensors", "model.safetensors", "optimizer.pt"), strict=True):
+        assert error.endswith(f"{name}: {os.strerror(errno.EFBIG)}")
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["index.json", "tokens-00000.safetensors"]
+    assert not list(directory.glob("*checkpoint*"))
+    assert json.loads(run(*encode).out)["shards_reused"] == 1
 
 
 def test_a_full_disk_while_training_keeps_the_checkpoints(
@@ -295,7 +363,8 @@ def test_the_whole_way(
     trained = run("train", "tokenizer", "--config", settings, "--json", "run.steps=2")
     assert (trained.code, json.loads(trained.out)["last"]["step"]) == (0, 2)
     final = json.loads(trained.out)["final"]
-    assert_one_line(run("train", "tokenizer", "--config", settings, "run.steps=2"), "--resume")
+    again = run("train", "tokenizer", "--config", settings, "run.steps=2")
+    assert (again.code, "--resume" in again.err.splitlines()[-1], "Traceback" in again.err) == (2, True, False)
 
     tokens = tmp_path / "tokens"
     encoded = run("encode", "--model", final, "--images", pictures, "--out", tokens, "--json")
@@ -318,9 +387,10 @@ def test_the_whole_way(
     sampled = run(*arguments, "--out", tmp_path / "samples", "--json")
     report = json.loads(sampled.out)
     assert [item["seed"] for item in report["samples"]] == [0, 1, 2, 3]
-    assert [item["for"] for item in report["samples"]] == [name, name, 1, 1]
+    assert [item["for"] for item in report["samples"]] == [name, name, "1", "1"]
     assert all(np.asarray(Image.open(path)).shape == (16, 16, 3) for path in report["images"])
-    assert_one_line(run(*arguments, "--out", tmp_path / "samples"), "holds samples already")
+    assert "wrote 0 pictures" in run(*arguments, "--out", tmp_path / "samples").out
+    assert_one_line(run(*arguments, "--seed", 1, "--out", tmp_path / "samples"), "made otherwise (seed differ")
     assert_one_line(run("sample", "--model", directory, "--prompt", "a", "--out", tmp_path / "x"), "--label")
     assert_one_line(run("sample", "--model", directory, "--label", "nobody", "--out", tmp_path / "x"), "nobody")
     assert_one_line(run("sample", "--model", directory, "--label", -1, "--out", tmp_path / "x"), "-1")

@@ -161,7 +161,13 @@ BAD_TOKENIZER = {
     "run.checkpoint_every=0": "checkpoint_every",
     "run.gradient_accumulation=0": "gradient_accumulation",
     "run.seed=-1": "seed",
+    "run.keep_checkpoints=0": "keep_checkpoints",
     "optim.lr=-1": "lr",
+    "optim.warmup_steps=-1": "warmup_steps",
+    "optim.final_lr=-1": "final_lr",
+    "optim.grad_clip=-1": "grad_clip",
+    "loss.gradient=-0.5": "gradient",
+    "loss.kl=.nan": "kl",
     "optim.ema_decay=2": "ema_decay",
     "caption_dropout=2": "caption_dropout",
     "model": "key=value",
@@ -176,7 +182,9 @@ BAD_GENERATOR = {
     "model.image_token_dim=4": "image_token_dim",
     "model.size=S model.num_tokens=a": "num_tokens",
     "objective=x": "objective",
-    "cache_images=0": "cache_images",
+    "cache_images=-1": "cache_images",
+    "prediction=noise": "prediction",
+    "prediction=v": "objective=gaussian",
 }
 
 
@@ -192,6 +200,16 @@ def test_impossible_generator_settings_name_the_key(overrides: str) -> None:
     with pytest.raises(InputError) as caught:
         load_config(GeneratorTrainConfig, overrides=overrides.split(" "))
     assert BAD_GENERATOR[overrides] in str(caught.value)
+
+
+@pytest.mark.parametrize(("objective", "scale"), [("flow", 1000.0), ("gaussian", 1.0)])
+def test_the_time_scale_follows_the_objective(objective: Any, scale: float) -> None:
+    model = DiTConfig.named("tiny", num_tokens=4, learn_sigma=False)
+    for time_scale in (1.0, 1000.0):
+        given = dataclasses.replace(model, time_scale=time_scale)
+        assert GeneratorTrainConfig(model=given, objective=objective).model.time_scale == scale
+        assert given.time_scale == time_scale  # the caller's is as it was
+    assert load_config(GeneratorTrainConfig, overrides=[f"objective={objective}"]).model.time_scale == scale
 
 
 @pytest.mark.parametrize(

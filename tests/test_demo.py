@@ -3,11 +3,119 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from textok_fast import demo as demo_module
 from textok_fast.cli import main
+from textok_fast.config import TokenizerTrainConfig, load_config
+from textok_fast.demo import QUICK, _Demo
+from textok_fast.errors import InputError
+
+# In a trainer's place: writes what it was called with, then how many interrupts it got within half a second of the first.
+TRAINER = """#!{python}
+import json, os, signal, sys, time
+from pathlib import Path
+count = 0
+def interrupted(*_):
+    global count
+    count += 1
+signal.signal(signal.SIGINT, interrupted)
+out = Path(os.environ["TRAINER_OUT"]) / str(os.getpid())
+out.with_suffix(".started").write_text(json.dumps([os.getsid(0), sys.argv[1:]]))
+while not count:
+    time.sleep(0.02)
+until = time.monotonic() + 0.5
+while time.monotonic() < until:
+    time.sleep(0.02)
+out.with_suffix(".ended").write_text(str(count))
+"""
+
+
+@pytest.fixture
+def small_demo(tmp_path: Path) -> _Demo:
+    out = tmp_path / "a demo #1: [no]"
+    out.mkdir()
+    return _Demo(out, "shapes", QUICK)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions and signals of POSIX")
+def test_an_interrupt_reaches_each_trainer_once(small_demo: _Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tmp_path / "trainer"
+    trainer.write_text(TRAINER.format(python=sys.executable))
+    trainer.chmod(0o755)
+    monkeypatch.setenv("TRAINER_OUT", str(tmp_path))
+    monkeypatch.setattr(demo_module.sys, "executable", str(trainer))
+    monkeypatch.setattr(demo_module.os, "cpu_count", lambda: 2)
+
+    def watch(running: dict[str, subprocess.Popen[bytes]], *_: Any) -> None:
+        while len(list(tmp_path.glob("*.started"))) < 2:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small_demo, "_watch", watch)
+    with pytest.raises(KeyboardInterrupt):
+        small_demo._train_tokenizers()
+    # The terminal's own interrupt goes to our session, which is not theirs.
+    started = [json.loads(path.read_text()) for path in tmp_path.glob("*.started")]
+    assert len({session for session, _ in started} | {os.getsid(0)}) == 3
+    assert [path.read_text() for path in tmp_path.glob("*.ended")] == ["1", "1"]
+    # What the trainers were told arrives as it was meant, whatever the path looks like.
+    for _, arguments in started:
+        overrides = arguments[arguments.index("--resume") + 1 :]
+        config = load_config(TokenizerTrainConfig, "demo", overrides=overrides)
+        assert Path(config.run.output_dir).parent == small_demo.out
+        assert config.data.source == "shapes"
+
+
+def test_the_durations_of_an_interrupted_part_add_up(small_demo: _Demo) -> None:
+    for name, resumes in (("training", True), ("evaluation", False)):
+        small_demo.durations[name] = 100.0
+        with pytest.raises(KeyboardInterrupt), small_demo._part(name, resumes):
+            raise KeyboardInterrupt
+    again = _Demo(small_demo.out, "shapes", QUICK)
+    assert 100 < again.durations["training"] < 110
+    assert again.durations["evaluation"] < 10
+    (small_demo.out / "durations.json").write_text("[]")
+    assert _Demo(small_demo.out, "shapes", QUICK).durations == {}
+
+
+def test_what_stands_in_for_the_pictures_stands_in_for_every_part(small_demo: _Demo) -> None:
+    demo = _Demo(small_demo.out, "emoji", QUICK)
+    demo._use("shapes")
+    assert demo.config.data.source == "shapes"
+    assert "data.source=shapes" in demo._job_overrides(demo.out / "x", "both")
+    assert not [item for item in demo.overrides if "emoji" in item]
+
+
+def test_an_export_that_differs_costs_no_report(small_demo: _Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    import textok_fast.export
+
+    def export(*_: object) -> None:
+        raise InputError("x.onnx was not written: ONNX Runtime differs")
+
+    monkeypatch.setattr(textok_fast.export, "export_decoder", export)
+    from textok_fast.evaluation import DemoResults, render_report
+
+    results = DemoResults(command="", date="", machine={})
+    small_demo._export(results, None)
+    assert results.onnx[0]["passed"] is False
+    assert "ONNX Runtime differs" in render_report(results)
+
+
+def test_what_is_lacking_is_said_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None if name == "torchmetrics" else object())
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
+    assert capsys.readouterr().err == "error: the demo needs torchmetrics: pip install 'textok-fast[train,eval,export]'\n"
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

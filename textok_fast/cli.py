@@ -7,6 +7,7 @@ torch and everything that needs it is imported inside the commands, so that ``--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -29,18 +30,22 @@ from textok_fast.errors import InputError
 
 if TYPE_CHECKING:
     from textok_fast.data import CaptionedImages
+    from textok_fast.evaluation import SpeedupResult
+    from textok_fast.training.loop import TrainResult
 
-Handler = Callable[[argparse.Namespace], dict[str, Any]]
+# What a command returns is what --json prints; None where another process of the run prints it.
+Handler = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for a caller's mistake, 130 for Ctrl-C."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = _parse(argv)
     args.command_line = shlex.join(["textok-fast", *(sys.argv[1:] if argv is None else argv)])
     try:
-        result = args.handler(args)
-        if args.json:
+        # With --json stdout belongs to the JSON, whoever prints.
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            result = args.handler(args)
+        if args.json and result is not None:
             print(json.dumps(result, indent=2, ensure_ascii=False))
         sys.stdout.flush()
     except InputError as error:
@@ -62,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; settings (key=value) may stand before and behind options, which argparse does not allow by itself."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
@@ -73,7 +89,10 @@ def _fail(message: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
-        prog="textok-fast", description="Text-conditioned image tokenization and generation over few tokens, fast."
+        prog="textok-fast",
+        description="Text-conditioned image tokenization and generation over few tokens, fast.",
+        epilog=_epilog("textok-fast demo --out runs/demo"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"textok-fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -87,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="training steps of the tokenizers (default: the preset's)")
     demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs (about a minute)")
 
-    data = commands.add_parser("data", help="fetch and look at captioned pictures", description="Captioned pictures.")
-    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    kinds = _group(commands, "data", "fetch and look at captioned pictures",
+        "textok-fast data preview --out sheet.png source=emoji")  # fmt: skip
     fetch = _command(kinds, "fetch", run_data_fetch, "fetch pictures into the cache, without root, and say their licence",
         "textok-fast data fetch emoji")  # fmt: skip
     fetch.add_argument("source", choices=("emoji", "stamps", "shapes"))
@@ -104,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--count", type=int, default=100)
     _data_options(make)
 
-    train = commands.add_parser("train", help="train a tokenizer or a generator", description="Training; resumable.")
-    kinds = train.add_subparsers(required=True, metavar="COMMAND")
+    kinds = _group(commands, "train", "train a tokenizer or a generator; resumable",
+        "textok-fast train tokenizer --preset demo run.output_dir=runs/tok")  # fmt: skip
     tokenizer = _command(kinds, "tokenizer", run_train_tokenizer, "train a TexTok tokenizer",
         "textok-fast train tokenizer --preset demo run.output_dir=runs/tok model.num_tokens=8")  # fmt: skip
     _config_options(tokenizer, TokenizerTrainConfig)
@@ -116,8 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     encode = _command(commands, "encode", run_encode, "write the tokens of a folder of captioned pictures; resumable",
         "textok-fast encode --model runs/tok/final --images photos --out tokens")  # fmt: skip
     encode.add_argument("--model", required=True, help="tokenizer: a directory or a Hub id")
-    encode.add_argument("--images", required=True,
-        help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet), or shards/{000..009}.tar")  # fmt: skip
+    encode.add_argument(
+        "--images",
+        required=True,
+        help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet) or with .tar shards, or shards/{000..009}.tar",
+    )
     encode.add_argument("--out", type=Path, required=True)
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
     encode.add_argument("--batch-size", type=int, default=32)
@@ -133,10 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("--batch-size", type=int, default=32)
     decode.add_argument("--device", default="auto")
 
-    sample = _command(commands, "sample", run_sample, "generate pictures from captions or classes",
+    sample = _command(commands, "sample", run_sample, "generate pictures from captions or classes; resumable",
         'textok-fast sample --model runs/dit/final --prompt "cow top left; red background" --out samples')  # fmt: skip
     sample.add_argument("--model", required=True, help="directory that `train generator` wrote (its final/)")
-    sample.add_argument("--prompt", action="append", default=[], help="a caption; repeat for several")
+    sample.add_argument("--prompt", action="append", default=[],
+        help="a caption; repeat for several. With --label: what the decoder reads, one for each label")  # fmt: skip
     sample.add_argument("--prompts", type=Path, help="a file with one caption a line")
     sample.add_argument("--label", action="append", default=[], help="a class, by name or index; repeat for several")
     sample.add_argument("--count", type=int, default=1, help="pictures for each prompt or label (default: %(default)s)")
@@ -152,8 +175,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True)
     sample.add_argument("--device", default="auto")
 
-    bench = commands.add_parser("bench", help="measure this machine", description="Benchmarks.")
-    kinds = bench.add_subparsers(required=True, metavar="COMMAND")
+    kinds = _group(commands, "bench", "measure this machine",
+        "textok-fast bench speedup --size XL --tokens 32 4096 --out speedup.json")  # fmt: skip
     speedup = _command(kinds, "speedup", run_bench_speedup, "time one denoising step of a DiT over few and over many tokens",
         "textok-fast bench speedup --size XL --tokens 32 1024 4096 --batch 1 --dtype fp32 bf16 --out speedup.json")  # fmt: skip
     speedup.add_argument("--size", choices=tuple(GENERATOR_SIZES), default="XL")
@@ -173,14 +196,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(group: Any, name: str, handler: Handler, help_text: str, example: str) -> argparse.ArgumentParser:
+def _epilog(example: str) -> str:
+    return f"example:\n  {example}"
+
+
+def _parser(group: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = group.add_parser(
         name,
         help=help_text,
         description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=f"example:\n  {example}",
+        epilog=_epilog(example),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    return parser
+
+
+def _group(commands: Any, name: str, help_text: str, example: str) -> Any:
+    """A command that has commands of its own: where to add them."""
+    return _parser(commands, name, help_text, example).add_subparsers(required=True, metavar="COMMAND")
+
+
+def _command(group: Any, name: str, handler: Handler, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser = _parser(group, name, help_text, example)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(handler=handler)
     return parser
@@ -212,7 +249,7 @@ def run_data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.data import fetch
 
     found = fetch(args.source, force=args.force)
-    _say(args, f"{found.name}: {found.pictures:,} pictures in {found.directory}\n{found.note}\nlicence: {found.licence}")
+    print(f"{found.name}: {found.pictures:,} pictures in {found.directory}\n{found.note}\nlicence: {found.licence}")
     return {
         "source": found.name,
         "directory": str(found.directory),
@@ -236,7 +273,7 @@ def run_data_preview(args: argparse.Namespace) -> dict[str, Any]:
     sheet = contact_sheet(dataset, args.count)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, lambda path: sheet.save(path, format="PNG"))
-    _say(args, f"{dataset.describe()}\nwrote {args.out}")
+    print(f"{dataset.describe()}\nwrote {args.out}")
     return {"out": str(args.out), "data": dataset.describe(), "skipped": dataset.skipped}
 
 
@@ -245,26 +282,34 @@ def run_data_make(args: argparse.Namespace) -> dict[str, Any]:
 
     dataset = _dataset(args)
     new = materialize(dataset, args.out, args.count)
-    _say(args, f"{dataset.describe()}\nwrote {new} pictures to {args.out} ({min(args.count, len(dataset)) - new} were there)")
+    print(f"{dataset.describe()}\nwrote {new} pictures to {args.out} ({min(args.count, len(dataset)) - new} were there)")
     return {"out": str(args.out), "new": new, "data": dataset.describe(), "skipped": dataset.skipped}
 
 
-def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
+def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.training import train_tokenizer
 
     config = load_config(TokenizerTrainConfig, args.preset, args.config, args.overrides)
     result = train_tokenizer(config, resume=args.resume, progress=not args.json)
-    _say(args, f"wrote {result.final} (the tokenizer), {result.run / 'log.jsonl'} and {result.run / 'samples'}")
-    return {"run": str(result.run), "final": str(result.final), "last": result.history[-1] if result.history else None}
+    return _trained(result, f"wrote {result.final} (the tokenizer), {result.run / 'log.jsonl'} and {result.run / 'samples'}")
 
 
-def run_train_generator(args: argparse.Namespace) -> dict[str, Any]:
+def run_train_generator(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.training import train_generator
 
     config = load_config(GeneratorTrainConfig, args.preset, args.config, args.overrides)
     with _progress("tokens", args.json) as advance:
         result = train_generator(config, resume=args.resume, progress=not args.json, on_cache=advance)
-    _say(args, f"wrote {result.final} (generator and tokenizer) and {result.run / 'log.jsonl'}")
+    return _trained(result, f"wrote {result.final} (generator and tokenizer) and {result.run / 'log.jsonl'}")
+
+
+def _trained(result: TrainResult, text: str) -> dict[str, Any] | None:
+    """What training left; of several processes the main one tells it."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return None
+    print(text)
     return {"run": str(result.run), "final": str(result.final), "last": result.history[-1] if result.history else None}
 
 
@@ -276,8 +321,7 @@ def run_encode(args: argparse.Namespace) -> dict[str, Any]:
             args.model, args.images, args.out, args.format, args.batch_size, args.shard_size, _device(args.device), advance
         )
     skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
-    _say(
-        args,
+    print(
         f"wrote {report['pictures']} pictures' tokens to {args.out} ({report['shards_reused']} shards were there{skipped})",
     )
     return report
@@ -290,7 +334,7 @@ def run_decode(args: argparse.Namespace) -> dict[str, Any]:
         report = decode_folder(
             args.model, args.tokens, args.out, args.batch_size, not args.no_captions, _device(args.device), advance
         )
-    _say(args, f"wrote {report['new']} pictures to {args.out} ({report['pictures'] - report['new']} were there)")
+    print(f"wrote {report['new']} pictures to {args.out} ({report['pictures'] - report['new']} were there)")
     return report
 
 
@@ -315,7 +359,10 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
             device=_device(args.device),
             progress=advance,
         )
-    _say(args, f"wrote {len(report['images'])} pictures to {args.out} and their tokens to {report['tokens']}")
+    print(
+        f"wrote {report['new']} pictures to {args.out} ({len(report['images']) - report['new']} were there) "
+        f"and their tokens to {report['tokens']}"
+    )
     return report
 
 
@@ -337,10 +384,16 @@ def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
     )
     if args.out is not None:
         _require_writable(args.out)
-    result = run_speedup(config, command=args.command_line)
-    _say(args, console_table(result))
-    if args.out is not None:
-        _say(args, "wrote " + ", ".join(str(path) for path in save(result, args.out)))
+    written: list[Path] = []
+
+    def keep(result: SpeedupResult) -> None:
+        if args.out is not None:
+            written[:] = save(result, args.out)
+
+    result = run_speedup(config, command=args.command_line, on_result=keep)
+    print(console_table(result))
+    if written:
+        print("wrote " + ", ".join(map(str, written)))
     return result.to_dict()
 
 
@@ -348,16 +401,11 @@ def run_info(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.info import collect, describe
 
     found = collect()
-    _say(args, describe(found))
+    print(describe(found))
     return found
 
 
 # -- small things ---------------------------------------------------------------------------------------------------------
-
-
-def _say(args: argparse.Namespace, text: str) -> None:
-    """For a reader; with --json stdout belongs to the JSON."""
-    print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 class _progress:
@@ -385,15 +433,9 @@ class _progress:
 
 
 def _device(name: str) -> str:
-    import torch
+    from textok_fast.ops.device import resolve_device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not (name.startswith("cuda:") and name[5:].isdigit()):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name} was asked for, but this torch sees no GPU; use --device cpu")
-    return name
+    return str(resolve_device(name))
 
 
 def _lines(file: Path) -> list[str]:

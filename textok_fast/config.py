@@ -255,12 +255,12 @@ class OptimConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     final_lr: float = 0.02
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
-        for name in ("lr", "weight_decay", "grad_clip"):
+        for name in ("lr", "weight_decay", "warmup_steps", "final_lr", "grad_clip"):
             _require_range(self, name, 0)
         _require_range(self, "ema_decay", 0, 1)
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -276,6 +276,10 @@ class LossConfig:
     kl: float = 1e-6
     codebook: float = 1.0
     commitment: float = 0.25
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _require_range(self, item.name, 0)
 
 
 @dataclass
@@ -296,7 +300,8 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "sample_every", "checkpoint_every"):
+        every = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+        for name in ("steps", "batch_size", "gradient_accumulation", *every):
             _require_positive(self, name)
         for name in ("seed", "workers"):
             _require_range(self, name, 0)
@@ -323,7 +328,11 @@ class TokenizerTrainConfig:
 
 @dataclass
 class GeneratorTrainConfig:
-    """``textok-fast train generator``: a DiT over the tokens of ``tokenizer`` (a directory or Hub id)."""
+    """``textok-fast train generator``: a DiT over the tokens of ``tokenizer`` (a directory or Hub id).
+
+    ``prediction`` is what a Gaussian model's output means; a flow's is its velocity. ``model.time_scale`` follows
+    ``objective``: a flow's t in [0, 1] is multiplied by 1,000, a Gaussian step's number is taken as it is.
+    """
 
     tokenizer: str = "runs/textok/final"
     model: DiTConfig = field(
@@ -335,11 +344,17 @@ class GeneratorTrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/generator"))
     objective: Literal["gaussian", "flow"] = "flow"
-    cache_images: int = 8192  # pictures whose tokens are computed once and trained on
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    # How many pictures' tokens are computed once and trained on; of more pictures data.seed draws them. 0: all pictures of
+    # files, 8,192 generated scenes.
+    cache_images: int = 0
     token_cache: str = ""  # directory of the cached tokens; default: inside the run
 
     def __post_init__(self) -> None:
-        _require_positive(self, "cache_images")
+        _require_range(self, "cache_images", 0)
+        if self.objective == "flow" and self.prediction != "epsilon":
+            raise InputError(f"prediction={self.prediction} is for objective=gaussian; a flow predicts its velocity")
+        self.model = dataclasses.replace(self.model, time_scale=1000.0 if self.objective == "flow" else 1.0)
 
 
 # -- named presets and loading ------------------------------------------------------------------------------------------

@@ -1,27 +1,89 @@
-"""Writing files so that they are complete or not there."""
+"""Writing files so that they are complete or not there, and so that a disk that is full is an OSError whoever writes."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a temporary path beside ``path`` and moves the finished file into place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Calls ``write`` with a temporary path beside ``path`` and moves the finished file into place.
+
+    Raises OSError, naming ``path``, when the place cannot be written or the disk is full, whatever library ``write`` uses.
+    """
+    path = Path(path)
+    with _failed_writes(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text by :func:`write_atomically`; makes the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file by :func:`write_atomically`. ``tensors`` must be contiguous and share no memory."""
+    from safetensors.torch import save_file
+
+    about = None if metadata is None else dict(metadata)
+    write_atomically(path, lambda target: save_file(dict(tensors), target, metadata=about))
+
+
+def save_state(state: Any, path: Path) -> None:
+    """``torch.save`` by :func:`write_atomically`. Numbers, strings, containers and tensors are read ``weights_only``."""
+    import torch
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:  # a path would hide the cause of a failed write from us
+            torch.save(state, file)
+
+    write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def _failed_writes(path: Path) -> Iterator[None]:
+    """What safetensors and torch raise for a failed write becomes the OSError that caused it, with the name of ``path``."""
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        is_ours = error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.name}.")
+        if error.errno is None or not is_ours:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
 
 
 def _umask() -> int:

@@ -174,12 +174,48 @@ def test_decoding(tmp_path: Path) -> None:
 
 
 def test_keys_are_safe_distinct_and_stable() -> None:
-    names = ["a/b.png", "a_b.png", "A_B.jpg", "c d.png", "..png", "x.png", "x.png"]
+    names = ["a/b.png", "a_b.png", "A_B.jpg", "c d.png", "..png", "x.png", "x.png", "v1.2/photo.final.png"]
     keys = unique_keys(names)
     assert len({key.lower() for key in keys}) == len(names)
-    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") for key in keys)
-    assert keys[3] == "c_d" and not any(key.startswith(".") for key in keys)
+    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") for key in keys)
+    assert keys[3] == "c_d" and keys[-1] == "v1_2_photo_final"
     assert dict(zip(names[:4], keys[:4], strict=True)) == dict(zip(names[3::-1], unique_keys(names[3::-1]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (["10", "9", "2"], ["2", "9", "10"]),
+        (["1", "01", "0"], ["0", "01", "1"]),
+        (["10", "9", "cat"], ["10", "9", "cat"]),
+        (["\u00b2", "1"], ["1", "\u00b2"]),
+    ],
+)
+def test_classes_are_in_the_order_of_their_numbers_or_names(
+    tmp_path: Path, write_image: Callable[..., Path], labels: list[str], wanted: list[str]
+) -> None:
+    rows = [{"file_name": f"{k}.png", "caption": f"card {k}", "label": label} for k, label in enumerate([*labels, ""])]
+    for row in rows:
+        write_image(tmp_path / str(row["file_name"]))
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = read(tmp_path)
+    assert dataset.label_names == wanted
+    found = {example.caption: dataset.label_names[example.label] for example in dataset}
+    assert found == {str(row["caption"]): row["label"] or wanted[0] for row in rows}
+    assert f"1 without a label count as {wanted[0]!r}" in dataset.describe()
+
+
+def test_the_content_hash_tells_other_captions_keys_and_labels(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    def content(folder: str, **row: str) -> str:
+        write_image(tmp_path / folder / "a.png")
+        write_image(tmp_path / folder / "b.png")
+        rows = [{"file_name": "a.png", "caption": "one"}, {"file_name": "b.png", "caption": "two", "label": "x", **row}]
+        (tmp_path / folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return read(tmp_path / folder).content_hash()
+
+    assert content("first") == content("copy")
+    changed = [content("caption", caption="three"), content("label", label="y"), content("fewer", file_name="gone.png")]
+    assert len({content("first"), *changed}) == 4
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,17 @@ def test_no_scene_of_a_split() -> None:
         SceneDataset([Sprite(never, np.zeros((4, 4, 4), dtype=np.uint8))], "composition", 16)
 
 
+def test_the_content_hash_tells_other_objects_and_other_pictures_of_them() -> None:
+    def content(sprites: list[Sprite], split: str = "train") -> str:
+        return SceneDataset(sprites, split, 16).content_hash()
+
+    sprites = [Sprite(name, np.full((8, 8, 4), 255, dtype=np.uint8)) for name in ("cow", "dog", "star")]
+    redrawn = [*sprites[:2], Sprite("star", np.full((8, 8, 4), 254, dtype=np.uint8))]
+    renamed = [*sprites[:2], Sprite("moon", sprites[2].image)]
+    assert content(sprites) == content(list(sprites))
+    assert len({content(found) for found in (sprites, redrawn, renamed, sprites[:2])}) == 4
+
+
 def test_contact_sheet_shows_the_pictures() -> None:
     dataset = load_dataset(CONFIG, "train")
     sheet = np.asarray(contact_sheet(dataset, 3))

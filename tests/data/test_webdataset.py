@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_the_webdataset_library_reads_our_shards(tmp_path: Path) -> None:
     samples = list(library.WebDataset(str(shard), shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"key-{k}" for k in range(7)]
     assert all(np.array_equal(s["png"], e.image) and s["txt"] == e.caption for s, e in zip(samples, examples(), strict=True))
+
+
+def test_names_with_dots_stay_whole_in_shards(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    names = ["v1.0.png", "v1.5.png", "v2.png"]
+    for name in names:
+        write_image(tmp_path / "pictures" / name).with_suffix(".txt").write_text(name)
+    folder = load_dataset(DataConfig(source="folder", path=str(tmp_path / "pictures"), image_size=8), "all")
+    write_shards(folder, tmp_path / "shards")
+    assert sorted(example.caption for example in read(tmp_path / "shards")) == names
 
 
 def test_shards_are_not_overwritten(tmp_path: Path) -> None:

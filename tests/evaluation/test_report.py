@@ -147,7 +147,7 @@ def test_the_file_replaces_the_former_one(results: DemoResults, tmp_path: Path) 
     assert write_report(path, results) == path
     assert path.read_text(encoding="utf-8") == render_report(results)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(OSError, match="report.html"):
         write_report(path / "inside" / "report.html", results)
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,38 @@ def test_on_cuda() -> None:
     found = run_speedup(SpeedupConfig(size="tiny", tokens=(4, 16), device="cuda"), progress=False)
     assert found.device.startswith("cuda")
     assert all(row.wall.min > 0 for row in found.rows)
+
+
+def test_ctrl_c_leaves_the_rounds_that_were_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "CPU_SHAPES", ((32, 32, 32),))
+    monkeypatch.setattr(roofline, "CPU_COPY_BYTES", 2**20)
+    config = SpeedupConfig(size="tiny", tokens=(4, 8), batch=(1, 2), dtypes=("fp32",), rounds=3, threads=1, device="cpu")
+    seen: list[SpeedupResult] = []
+    complete = run_speedup(config, progress=False, on_result=lambda result: seen.append(result))
+    assert [[(row.batch, row.tokens) for row in result.rows] for result in seen] == [
+        [(1, 4), (1, 8)],
+        [(1, 4), (1, 8), (2, 4), (2, 8)],
+        [(1, 4), (1, 8), (2, 4), (2, 8)],
+    ]
+    assert seen[-1] == complete
+
+    time_call, finished = speedup.time_call, 0
+
+    def interrupted(call: Any, device: torch.device) -> tuple[float, float]:
+        if finished == 2:  # in the second batch's second round
+            raise KeyboardInterrupt
+        return time_call(call, device)
+
+    def say(line: str) -> None:
+        nonlocal finished
+        finished += line.startswith("fp32 batch 2: round ")
+        finished += line.startswith("fp32 batch 1: round 3")
+
+    monkeypatch.setattr(speedup, "time_call", interrupted)
+    monkeypatch.setattr(speedup, "_silent", say)
+    path = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_speedup(config, progress=False, on_result=lambda result: save(result, path))
+    kept = load(path)
+    assert [(row.batch, row.tokens, row.rounds) for row in kept.rows] == [(1, 4, 3), (1, 8, 3), (2, 4, 1), (2, 8, 1)]
+    assert len(kept.ratios) == 2

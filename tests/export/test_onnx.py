@@ -69,7 +69,7 @@ def test_both_halves_match_pytorch_at_other_sizes_than_they_were_traced_at(
 
 def test_a_file_that_differs_from_pytorch_is_not_left_behind(make_tokenizer: Make, tmp_path: Path) -> None:
     (tmp_path / "decoder.onnx").write_bytes(b"an earlier one")
-    with pytest.raises(RuntimeError, match="was not written: ONNX Runtime differs"):
+    with pytest.raises(InputError, match="was not written: ONNX Runtime differs"):
         export_decoder(make_tokenizer(text="none", decoder_depth=1), tmp_path / "decoder.onnx", tolerance=-1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["decoder.onnx"]
     assert (tmp_path / "decoder.onnx").read_bytes() == b"an earlier one"
@@ -81,3 +81,23 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(InputError, match=r"pip install 'textok-fast\[export\]'"):
         export_decoder(make_tokenizer(text="none"), tmp_path / "decoder.onnx")
+
+
+def test_a_tokenizer_in_another_precision_is_exported_in_float32(make_tokenizer: Make, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(text="none", decoder_depth=1)
+    plain = export_decoder(tokenizer, tmp_path / "plain.onnx")
+    half = export_decoder(make_tokenizer(text="none", decoder_depth=1).bfloat16(), tmp_path / "half.onnx")
+    assert max(plain.max_abs_error, half.max_abs_error) <= 1e-4
+    tokens = torch.randn(2, 3, 4)
+    a, b = run(tmp_path / "plain.onnx", {"tokens": tokens}), run(tmp_path / "half.onnx", {"tokens": tokens})
+    assert a.dtype == b.dtype == np.float32
+    np.testing.assert_allclose(a, b, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tokenizer_on_a_gpu(make_tokenizer: Make, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer().to("cuda")
+    for export in (export_decoder, export_encoder):
+        assert export(tokenizer, tmp_path / "x.onnx").max_abs_error <= 1e-4
+    assert tokenizer.device.type == "cuda"

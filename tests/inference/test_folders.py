@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from textok_fast import InputError, TexTok
+from textok_fast import DiT, DiTConfig, InputError, TexTok
 from textok_fast.data import load_dataset, write_shards
-from textok_fast.inference.folders import decode_folder, encode_folder
+from textok_fast.inference.folders import decode_folder, encode_folder, sample_to_folder
 
 Make = Callable[..., TexTok]
 Format = Literal["safetensors", "webdataset"]
@@ -147,6 +147,11 @@ def test_shards_of_pictures_are_read_too(model: str, tmp_path: Path, train_confi
     write_shards(dataset, tmp_path / "shards", shard_size=3)
     pattern = str(tmp_path / "shards" / sorted(path.name for path in (tmp_path / "shards").glob("*.tar"))[0])
     assert encode_folder(model, pattern, tmp_path / "tokens")["pictures"] == 3
+    assert encode_folder(model, str(tmp_path / "shards"), tmp_path / "all")["pictures"] == 5
+    # Pictures beside an archive make it a folder of pictures.
+    Image.new("RGB", (16, 16)).save(tmp_path / "shards" / "a.png")
+    (tmp_path / "shards" / "a.txt").write_text("a caption")
+    assert encode_folder(model, str(tmp_path / "shards"), tmp_path / "one")["pictures"] == 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -192,3 +197,105 @@ def test_a_damaged_shard_is_named(model: str, pictures: Path, tmp_path: Path, fo
     with pytest.raises(InputError, match="no token shards"):
         decode_folder(model, tmp_path / "tokens", tmp_path / "back")
     assert json.loads((tmp_path / "tokens" / "index.json").read_text())["count"] == 7
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_half_an_encode_is_not_decoded(model: str, pictures: Path, tmp_path: Path, format: Format) -> None:
+    encode_folder(model, str(pictures), tmp_path / "tokens", format, shard_size=3)
+    next((tmp_path / "tokens").glob("tokens-*1.*")).unlink()
+    with pytest.raises(InputError, match="4 of 7 pictures"):
+        decode_folder(model, tmp_path / "tokens", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    encode_folder(model, str(pictures), tmp_path / "tokens", format, shard_size=3)
+    assert decode_folder(model, tmp_path / "tokens", tmp_path / "back")["new"] == 7
+
+
+def test_pictures_of_other_tokens_are_neither_kept_nor_overwritten(model: str, pictures: Path, tmp_path: Path) -> None:
+    encode_folder(model, str(pictures), tmp_path / "tokens")
+    decode_folder(model, tmp_path / "tokens", tmp_path / "back")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
+    with pytest.raises(InputError, match="not decoded from these tokens"):
+        decode_folder(model, tmp_path / "tokens", tmp_path / "back", with_captions=False)
+    (pictures / "picture.0.txt").write_text("another caption")
+    encode_folder(model, str(pictures), tmp_path / "others")
+    with pytest.raises(InputError, match="not decoded from these tokens"):
+        decode_folder(model, tmp_path / "others", tmp_path / "back")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    name = next(name for name in before if name.endswith(".png"))
+    (tmp_path / "mine" / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match="not decoded from these tokens"):
+        decode_folder(model, tmp_path / "tokens", tmp_path / "mine")
+    assert (tmp_path / "mine" / name).read_bytes() == b"mine"
+
+
+@pytest.fixture
+def by_class(make_tokenizer: Make, loads_fake_text: Any, tmp_path: Path) -> str:
+    """A generator of the classes "10" (0), "2" (1) and "cow" (2)."""
+    directory = tmp_path / "pipeline"
+    torch.manual_seed(1)
+    dit = DiT(DiTConfig(num_tokens=3, in_channels=4, width=32, depth=1, heads=2, num_classes=3))
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    dit.save_pretrained(directory / "generator")
+    make_tokenizer().save_pretrained(directory / "tokenizer")
+    about = {"objective": "gaussian", "prediction": "epsilon", "label_names": ["10", "2", "cow"], "captions": {"0": ["ten"]}}
+    (directory / "pipeline.json").write_text(json.dumps(about))
+    return str(directory)
+
+
+def test_sampling_goes_on_where_it_stopped(by_class: str, tmp_path: Path) -> None:
+    def sampled(out: str, **options: Any) -> dict[str, Any]:
+        given = {"count": 3, "steps": 2, "batch_size": 2, "seed": 5, **options}
+        return sample_to_folder(by_class, [], ["2", "cow"], tmp_path / out, **given)
+
+    whole = sampled("whole")
+    assert (whole["new"], [item["seed"] for item in whole["samples"]]) == (6, [5, 6, 7, 8, 9, 10])
+
+    def stop(done: int, total: int) -> None:
+        if done > 2 * 2:  # in the third batch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampled("parts", progress=stop)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
+    assert len(kept) == 4
+    assert load_file(tmp_path / "parts" / "tokens.safetensors")["tokens"].shape == (4, 3, 4)
+    for options in ({"seed": 6}, {"steps": 3}, {"count": 4}, {"guidance": 2.0}):
+        with pytest.raises(InputError, match="made otherwise"):
+            sampled("parts", **options)
+    assert sampled("parts")["new"] == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    a, b = read(tmp_path / "whole"), read(tmp_path / "parts")
+    assert a.keys() == b.keys()
+    assert all(np.abs(a[name].astype(int) - b[name]).max() <= 1 for name in a)
+    tokens = [load_file(tmp_path / out / "tokens.safetensors")["tokens"] for out in ("whole", "parts")]
+    torch.testing.assert_close(tokens[0], tokens[1], atol=1e-4, rtol=1e-4)
+    assert json.loads((tmp_path / "parts" / "samples.json").read_text())["samples"] == whole["samples"]
+
+    (tmp_path / "parts" / "00004.png").unlink()
+    assert sampled("parts")["new"] == 2
+    assert sampled("parts")["new"] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "00000.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="did not make"):
+        sampled("mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["00000.png"]
+
+
+def test_a_class_by_name_before_index_and_prompts_for_its_decoder(by_class: str, tmp_path: Path) -> None:
+    def sampled(prompts: list[str], labels: list[str], out: str, **options: Any) -> dict[str, np.ndarray]:
+        sample_to_folder(by_class, prompts, labels, tmp_path / out, steps=1, **options)
+        return read(tmp_path / out)
+
+    by_name, by_index = sampled([], ["2"], "a")["00000.png"], sampled([], ["1"], "b")["00000.png"]
+    assert np.array_equal(by_name, by_index)  # "2" is the name of class 1, and no class is called "1"
+    said = sampled(["a red cow", "a star"], ["2", "cow"], "c", count=2)
+    assert not np.array_equal(said["00000.png"], by_name)
+    listed = json.loads((tmp_path / "c" / "samples.json").read_text())["samples"]
+    assert [item["caption"] for item in listed] == ["a red cow", "a red cow", "a star", "a star"]
+    mistakes = [(["a"], ["2", "cow"], "one --prompt for each --label"), (["a"], [], "--label, not --prompt"), ([], ["²"], "²")]
+    for prompts, labels, message in mistakes:
+        with pytest.raises(InputError, match=message):
+            sampled(prompts, labels, "d")

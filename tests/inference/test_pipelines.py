@@ -116,6 +116,34 @@ def test_labels_by_name_and_by_number_are_the_same(by_class: ClassToImagePipelin
     assert not torch.equal(by_class("cow", options=STEPS).tokens, by_class(2, options=STEPS).tokens)
 
 
+def test_a_class_named_by_a_number_wins_over_the_index(make_tokenizer: Make) -> None:
+    by_number = ClassToImagePipeline(generator(num_classes=3), make_tokenizer(), "gaussian", ["2", "5", "10"])
+    assert [by_number.label_index(label) for label in ("2", "5", "10", 2, "0")] == [0, 1, 2, 2, 0]
+    with pytest.raises(InputError, match="no class '\u00b2'"):
+        by_number.label_index("\u00b2")
+    with pytest.raises(InputError, match=r"class 7 is outside \[0, 3\)"):
+        by_number.label_index("7")
+
+
+@torch.no_grad()
+def test_the_output_is_read_as_the_prediction_says(make_tokenizer: Make) -> None:
+    """One step from pure noise, at a = alphas_cumprod[-1]: x0 = sqrt(a) x - sqrt(1 - a) v for v."""
+    model, tokenizer = generator(num_classes=3, learn_sigma=False), make_tokenizer()
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    noise = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    for prediction in ("epsilon", "v", "x0"):
+        pipeline = ClassToImagePipeline(model, tokenizer, "gaussian", prediction=prediction)
+        made = pipeline(1, options=SamplingOptions("ddim", steps=1))
+        first = float(a[0])  # one step keeps the first training step, t = 0
+        out = model(noise, torch.zeros(1, dtype=torch.int64), torch.tensor([1]))
+        wanted = {
+            "epsilon": (noise - (1 - first) ** 0.5 * out) / first**0.5,
+            "v": first**0.5 * noise - (1 - first) ** 0.5 * out,
+            "x0": out,
+        }
+        torch.testing.assert_close(made.tokens, wanted[prediction], atol=1e-4, rtol=1e-4)
+
+
 def test_progress_is_reported(by_text: TextToImagePipeline) -> None:
     seen: list[tuple[int, int]] = []
     by_text(PROMPTS, options=STEPS, progress=lambda done, total: seen.append((done, total)))
@@ -162,6 +190,21 @@ def test_a_directory_becomes_the_pipeline_it_holds(
     labels = load_pipeline(save(by_class, tmp_path / "class", **about))
     assert isinstance(labels, ClassToImagePipeline)
     assert torch.equal(labels("cow", seed=4, options=STEPS).images, by_class("cow", seed=4, options=STEPS).images)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"objective": "edm"}, "objective must be gaussian or flow, got 'edm'"),
+        ({"objective": "gaussian", "prediction": "score"}, "prediction must be one of epsilon, v, x0; got 'score'"),
+        ({"objective": "flow"}, "no learned variance"),
+    ],
+)
+def test_processes_that_do_not_exist_are_refused(
+    by_class: ClassToImagePipeline, tmp_path: Path, about: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_pipeline(save(by_class, tmp_path, label_names=[], captions={}, **about))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from textok_fast.errors import InputError
 from textok_fast.modeling import text_encoders
 from textok_fast.modeling.text_cache import Entry, FeatureStore
-from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder, pad_features
+from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder, pad_features, trim_padding
 from textok_fast.paths import cache_dir
 
 WORDS = ["a", "the", "red", "green", "blue", "small", "shiny", "plain", "apple", "dog", "rocket", "tree", "house", "moon"]
@@ -658,3 +658,10 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "textok-fast"
+
+
+def test_trim_padding_drops_what_is_padding_in_every_caption() -> None:
+    features = [torch.ones(2, 4), torch.ones(5, 4), torch.zeros(0, 4)]
+    trimmed, plain = trim_padding(pad_features(features)), pad_features(features, multiple=1)
+    assert torch.equal(trimmed.features, plain.features) and torch.equal(trimmed.mask, plain.mask)
+    assert trim_padding(pad_features([torch.zeros(0, 4)])).features.shape == (1, 1, 4)

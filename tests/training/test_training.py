@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,13 +25,16 @@ from textok_fast import InputError, TexTok
 from textok_fast.config import DiTConfig, GeneratorTrainConfig, LossConfig, OptimConfig, TokenizerTrainConfig, to_dict
 from textok_fast.data import load_dataset
 from textok_fast.data.token_cache import TokenDataset, write_token_shards
+from textok_fast.diffusion import GaussianDiffusion
 from textok_fast.inference import ClassToImagePipeline, TextToImagePipeline, load_pipeline
+from textok_fast.inference.pipelines import SamplingOptions
 from textok_fast.modeling.bottlenecks import BottleneckOutput
 from textok_fast.modeling.encoding import encode_function, token_identity
 from textok_fast.modeling.tokenizer import TexTokOutput
+from textok_fast.pictures import image_grid
 from textok_fast.training import train_generator, train_tokenizer
 from textok_fast.training.checkpoints import list_checkpoints
-from textok_fast.training.generator import GeneratorTask
+from textok_fast.training.generator import PREVIEW_SAMPLES, PREVIEW_STEPS, GeneratorTask
 from textok_fast.training.loop import StepBatches, StepRandom, seeded_generator
 from textok_fast.training.losses import gradient_loss, tokenizer_loss
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
@@ -92,7 +96,7 @@ def test_every_bottleneck_trains_accumulates_and_measures_its_statistics(
     assert set(result.history[-1]) == {"step", "loss", "l2", "lr", "images_per_s", *terms}
     tokenizer = TexTok.from_pretrained(result.final)
     dataset = load_dataset(train_config(tmp_path).data, "train")
-    images = torch.from_numpy(np.stack([dataset[i].image for i in range(128)]))
+    images = torch.from_numpy(np.stack([dataset[i].image for i in range(1024)]))
     tokens = tokenizer.encode(images).mode().flatten(0, 1)
     moving = torch.tensor(tokenizer.config.latent_std) != 1
     torch.testing.assert_close(tokens.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
@@ -117,12 +121,25 @@ def uninterrupted(train_config: TrainConfig, tmp_path_factory: pytest.TempPathFa
     return run
 
 
-def start(config: TokenizerTrainConfig, directory: Path) -> subprocess.Popen[str]:
+def start(config: TokenizerTrainConfig, directory: Path, processes: int = 1) -> subprocess.Popen[str]:
     file = directory / "settings.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    command = [sys.executable, "-m", "textok_fast", "train", "tokenizer", "--config", str(file)]
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launch, "-m", "textok_fast", "train", "tokenizer", "--config", str(file), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt_at_step(patched: pytest.MonkeyPatch, at: int, number: signal.Signals) -> None:
+    """A signal to this process after the weights of step ``at`` changed and before their average did."""
+    update = ExponentialMovingAverage.update
+
+    def interrupted(self: ExponentialMovingAverage, model: torch.nn.Module, step: int) -> None:
+        if step == at:
+            os.kill(os.getpid(), number)
+        update(self, model, step)
+
+    patched.setattr(ExponentialMovingAverage, "update", interrupted)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -133,7 +150,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_continues_bit_for_bit(
     train_config: TrainConfig, tmp_path: Path, uninterrupted: Path, stop: signal.Signals
 ) -> None:
@@ -145,8 +162,8 @@ def test_a_stopped_run_continues_bit_for_bit(
     _, errors = process.communicate(timeout=60)
     assert not (run / "final").exists()
     assert "Traceback" not in errors
-    logged = log_without_speed(run)[-1]["step"] if stop == signal.SIGINT else None
-    if stop == signal.SIGINT:
+    if stop != signal.SIGKILL:
+        logged = log_without_speed(run)[-1]["step"]
         assert process.returncode == 130
         assert "--resume" in errors
         assert list_checkpoints(run)[-1].name == f"checkpoint-{logged:06d}"  # nothing finished is lost
@@ -163,19 +180,13 @@ def test_an_interrupt_at_any_point_of_a_step_saves_a_whole_step(
 ) -> None:
     """Ctrl-C right after the weights changed and before their average did."""
     config = train_config(tmp_path / "run", LONG, bottleneck="kl")
-    update = ExponentialMovingAverage.update
-
-    def interrupted(self: ExponentialMovingAverage, model: torch.nn.Module, step: int) -> None:
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        update(self, model, step)
-
-    monkeypatch.setattr(ExponentialMovingAverage, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(config, progress=False)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 4, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(config, progress=False)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-000005"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(ExponentialMovingAverage, "update", update)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert_same_run(train_tokenizer(config, resume=True, progress=False).run, uninterrupted)
 
 
@@ -206,6 +217,8 @@ def test_a_second_run_in_the_same_directory_is_refused(train_config: TrainConfig
         {"run": {"steps": 4, "seed": 1}},
         {"run": {"steps": 4}, "num_tokens": 5},
         {"run": {"steps": 4}, "data": {"seed": 3}},
+        {"run": {"steps": 4, "mixed_precision": "bf16"}},
+        {"run": {"steps": 4, "batch_size": 2, "gradient_accumulation": 2}},
     ],
 )
 def test_other_settings_are_refused_when_resuming(train_config: TrainConfig, copy: Path, change: dict[str, Any]) -> None:
@@ -213,6 +226,74 @@ def test_other_settings_are_refused_when_resuming(train_config: TrainConfig, cop
     with pytest.raises(InputError, match="resume with the same settings"):
         train_tokenizer(train_config(copy, **change), resume=True, progress=False)
     assert (copy / "config.yaml").read_text() == kept
+
+
+def test_what_only_shows_and_keeps_may_change_when_resuming(train_config: TrainConfig, copy: Path, finished: Path) -> None:
+    shutil.rmtree(copy / "final")
+    shutil.rmtree(list_checkpoints(copy)[-1])
+    run = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 1, "sample_every": 1, "log_every": 1, "workers": 1}
+    assert_same_run(train_tokenizer(train_config(copy, run), resume=True, progress=False).run, finished)
+    assert len(list_checkpoints(copy)) == 1
+
+
+def test_other_pictures_under_the_same_settings_are_refused_when_resuming(train_config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"gray {i}")
+    config = train_config(tmp_path / "run", {"steps": 2}, {"source": "folder", "path": str(folder)})
+    train_tokenizer(config, progress=False)
+    for file in folder.glob("*.txt"):
+        file.write_text(f"{file.read_text()}, really")
+    with pytest.raises(InputError, match=r"content\.content.*resume with the same settings"):
+        train_tokenizer(config, resume=True, progress=False)
+
+
+def test_two_trainers_do_not_share_a_directory(train_config: TrainConfig, copy: Path) -> None:
+    config = train_config(copy, {"steps": 4, "checkpoint_every": 2})
+    with FileLock(copy / ".lock"), pytest.raises(InputError, match="is being trained by another process"):
+        train_tokenizer(config, resume=True, progress=False)
+    train_tokenizer(config, resume=True, progress=False)
+
+
+def test_a_finished_run_is_left_as_it_is(train_config: TrainConfig, copy: Path) -> None:
+    config = train_config(copy, {"steps": 4, "checkpoint_every": 2})
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
+    result = train_tokenizer(config, resume=True, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"} == before
+    assert result.history[-1]["step"] == 4
+
+
+def test_muon_continues_bit_for_bit(train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [train_config(tmp_path / name, {"gradient_accumulation": 2}) for name in ("whole", "stopped")]
+    for config in configs:
+        config.optim.name = "muon"
+    whole = train_tokenizer(configs[0], progress=False).run
+    with monkeypatch.context() as patched:
+        interrupt_at_step(patched, 4, signal.SIGTERM)  # as a job scheduler stops a run
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(configs[1], progress=False)
+    assert list_checkpoints(tmp_path / "stopped")[-1].name == "checkpoint-000005"
+    assert_same_run(train_tokenizer(configs[1], resume=True, progress=False).run, whole)
+
+
+def test_the_logged_loss_is_the_mean_over_the_micro_batches(train_config: TrainConfig, tmp_path: Path) -> None:
+    whole = train_tokenizer(train_config(tmp_path / "a", {"steps": 3, "batch_size": 8}), progress=False)
+    halves = train_tokenizer(
+        train_config(tmp_path / "b", {"steps": 3, "batch_size": 4, "gradient_accumulation": 2}), progress=False
+    )
+    losses = [[line["loss"] for line in result.history] for result in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_clip_of_zero_clips_nothing(train_config: TrainConfig, tmp_path: Path) -> None:
+    runs = []
+    for clip in (0.0, 1e9):
+        config = train_config(tmp_path / str(clip), {"steps": 2})
+        config.optim.grad_clip = clip
+        runs.append(weights(train_tokenizer(config, progress=False).final))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
 def test_resuming_a_finished_run_writes_the_same_again(train_config: TrainConfig, copy: Path, finished: Path) -> None:
@@ -258,6 +339,54 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(train_config: TrainConfig
     config.optim.lr = 1e30
     with pytest.raises(InputError, match=r"no longer finite.*lower optim\.lr"):
         train_tokenizer(config, progress=False)
+
+
+def test_a_missing_extra_is_named(train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(InputError, match=r"pip install 'textok-fast\[train\]'"):
+        train_tokenizer(train_config(tmp_path), progress=False)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_with_twice_the_batch(train_config: TrainConfig, tmp_path: Path) -> None:
+    configs = [train_config(tmp_path / name, {"steps": 20, "batch_size": size}) for name, size in (("two", 4), ("one", 8))]
+    for config in configs:
+        config.optim.lr = 2e-4  # Adam makes steps of this size out of the rounding of a gradient that is almost zero
+    process = start(configs[0], tmp_path, processes=2)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    result = json.loads(output)  # printed once
+    one = train_tokenizer(configs[1], progress=False)
+    assert result["last"]["loss"] == pytest.approx(one.history[-1]["loss"], rel=1e-5)
+    found, wanted = weights(Path(result["final"])), weights(one.final)
+    for key, value in wanted.items():
+        if key.endswith("qkv.bias"):  # a softmax does not see the keys' bias: its gradient is rounding, which Adam scales up
+            queries_and_values = torch.arange(len(value)) // (len(value) // 3) != 1
+            value, found[key] = value[queries_and_values], found[key][queries_and_values]
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=key)
+    statistics = [
+        json.loads((final / "config.json").read_text())["latent_std"] for final in (tmp_path / "two/final", one.final)
+    ]
+    assert statistics[0] == pytest.approx(statistics[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_an_interrupt_of_one_process_stops_all_with_one_checkpoint(train_config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = train_config(run, {"steps": 5000, "checkpoint_every": 5})
+    process = start(config, tmp_path, processes=2)
+    wait_for(lambda: bool(list_checkpoints(run)), process)
+    children = [child for file in Path(f"/proc/{process.pid}/task").glob("*/children") for child in file.read_text().split()]
+    (second,) = [child for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "exitcode  : 130" in errors and "exitcode  : -9" not in errors
+    assert list_checkpoints(run)[-1].name == f"checkpoint-{log_without_speed(run)[-1]['step']:06d}"
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -409,7 +538,7 @@ def tokenizer_directory(make_tokenizer: Callable[..., TexTok], tmp_path_factory:
 
 def generator_config(tokenizer: Path, train: TokenizerTrainConfig, **model: Any) -> GeneratorTrainConfig:
     sizes = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 2, "heads": 2, "condition_dropout": 0.25}
-    objective = model.pop("objective")
+    objective, prediction = model.pop("objective"), model.pop("prediction", "epsilon")
     return GeneratorTrainConfig(
         tokenizer=str(tokenizer),
         model=DiTConfig(**{**sizes, **model}),
@@ -417,6 +546,7 @@ def generator_config(tokenizer: Path, train: TokenizerTrainConfig, **model: Any)
         optim=train.optim,
         run=train.run,
         objective=objective,
+        prediction=prediction,
         cache_images=40,
     )
 
@@ -452,9 +582,67 @@ def test_a_text_conditional_flow(
     assert isinstance(pipeline, TextToImagePipeline)
     assert pipeline.objective == "flow"
     assert pipeline.generator.config == config.model
+    # The last sheet of samples is what the pipeline makes of the same captions and seeds.
+    captions = [load_dataset(config.data, "composition")[i].caption for i in range(PREVIEW_SAMPLES)]
+    made = pipeline(captions, seed=0, options=SamplingOptions("euler", PREVIEW_STEPS))
+    sheet = np.asarray(Image.open(result.run / "samples" / "000030.png"))
+    assert np.array_equal(sheet, np.asarray(image_grid(made.images, columns=4, captions=captions)))
 
 
-def test_the_label_is_dropped_to_the_null_class(train_config: TrainConfig, tokenizer_directory: Path, tmp_path: Path) -> None:
+def test_samples_of_a_generator_under_way_leave_the_training_as_it_is(
+    train_config: TrainConfig, tokenizer_directory: Path, loads_fake_text: Any, tmp_path: Path
+) -> None:
+    runs = {}
+    for name, every in (("without", 1000), ("with", 2)):
+        train = train_config(tmp_path / name, {"steps": 5, "sample_every": every})
+        options = {"objective": "gaussian", "num_classes": 8, "learn_sigma": False}
+        config = generator_config(tokenizer_directory, train, prediction="v", **options)
+        runs[name] = train_generator(config, progress=False)
+    names = [path.name for path in sorted((runs["with"].run / "samples").iterdir())]
+    assert names == ["000002.png", "000004.png", "000005.png"]
+    with_samples, without = (weights(runs[name].final / "generator") for name in ("with", "without"))
+    assert all(torch.equal(with_samples[key], without[key]) for key in without)
+    pipeline = load_pipeline(runs["with"].final)
+    assert isinstance(pipeline.process, GaussianDiffusion) and pipeline.process.prediction == "v"
+
+
+def test_a_part_of_the_pictures_is_drawn_by_the_datas_seed(
+    train_config: TrainConfig, tokenizer_directory: Path, loads_fake_text: Any, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(60):
+        color = np.full((16, 16, 3), i, dtype=np.uint8)
+        Image.fromarray(color).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"gray {i}")
+    (folder / "silent.png").write_bytes(b"")
+    (folder / "silent.txt").write_text("no picture")
+
+    def keys(name: str, cache_images: int, seed: int) -> list[str]:
+        data = {"source": "folder", "path": str(folder), "seed": seed}
+        train = train_config(tmp_path / name, {"steps": 1}, data)
+        config = generator_config(tokenizer_directory, train, objective="gaussian", num_classes=1)
+        config.cache_images = cache_images
+        train_generator(config, progress=False)
+        return TokenDataset(tmp_path / name / "tokens").keys
+
+    some, others, every = keys("some", 20, 0), keys("others", 20, 1), keys("all", 0, 0)
+    train = [
+        example.key
+        for example in load_dataset(train_config(tmp_path, data={"source": "folder", "path": str(folder)}).data, "train")
+    ]
+    assert every == train
+    assert len(some) == len(set(some)) == 20
+    assert set(some) <= set(train) and set(some) != set(others)
+    assert max(some) > train[30]  # not the first ones
+    told = capsys.readouterr().err
+    assert "skipped: 1 corrupt image" in told
+    assert "20 of them, drawn by data.seed=0" in told
+
+
+def test_the_label_is_dropped_to_the_null_class(
+    train_config: TrainConfig, tokenizer_directory: Path, loads_fake_text: Any, tmp_path: Path
+) -> None:
     config = generator_config(tokenizer_directory, train_config(tmp_path), objective="gaussian", num_classes=8)
     task = GeneratorTask(config, TexTok.from_pretrained(tokenizer_directory))
     seen: list[torch.Tensor] = []

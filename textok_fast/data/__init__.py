@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from textok_fast.config import DataConfig
 from textok_fast.data.base import CaptionedImages, Example, collate
-from textok_fast.data.fetch import FetchedSource, cache_dir, fetch
+from textok_fast.data.fetch import FetchedSource, fetch
 from textok_fast.data.files import FILE_SPLITS
 from textok_fast.data.folder import FolderDataset
 from textok_fast.data.preview import contact_sheet, materialize
 from textok_fast.data.scenes import SCENE_SPLITS, SceneDataset, load_scenes
 from textok_fast.data.webdataset import WebDataset, write_shards
 from textok_fast.errors import InputError
+from textok_fast.paths import cache_dir
 
 __all__ = [
     "FILE_SPLITS",

@@ -47,6 +47,10 @@ class CaptionedImages(ABC):
     def describe(self) -> str:
         """One paragraph: where the pictures come from, their licence and how many there are."""
 
+    @abstractmethod
+    def content_hash(self) -> str:
+        """A hash of what the examples are made of, so that tokens and checkpoints of other pictures are told apart."""
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from textok_fast import paths
 from textok_fast.data.emoji import EmojiLibrary
 from textok_fast.data.shapes import ShapeLibrary
 from textok_fast.data.sprites import SpriteLibrary
@@ -80,20 +81,12 @@ SYSTEM_ROOT = Path("/")
 SHAPES_LICENCE = "Apache-2.0 (drawn by textok-fast)"
 
 
-def cache_dir() -> Path:
-    """``$TEXTOK_CACHE``, else ``$XDG_CACHE_HOME/textok-fast``, else ``~/.cache/textok-fast``. Not created here."""
-    if os.environ.get("TEXTOK_CACHE"):
-        return Path(os.environ["TEXTOK_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "textok-fast"
-
-
 def fetch(source: str, cache_dir: Path | None = None, force: bool = False) -> FetchedSource:
     """Makes a source's pictures available.
 
     Args:
         source: "emoji", "stamps" or "shapes".
-        cache_dir: where downloads are kept; default :func:`cache_dir`.
+        cache_dir: where downloads are kept; default :func:`textok_fast.paths.cache_dir`.
         force: download again even where the system or the cache has the pictures.
 
     A failed download is not an error: the drawn shapes stand in and ``note`` gives the reason. Two processes may call this at
@@ -103,13 +96,10 @@ def fetch(source: str, cache_dir: Path | None = None, force: bool = False) -> Fe
         raise InputError(f"source must be emoji, stamps or shapes; got {source!r}")
     if source == "shapes":
         return _shapes("drawn by textok-fast, nothing downloaded")
-    cache = Path(cache_dir) if cache_dir is not None else _default_cache()
+    cache = Path(cache_dir) if cache_dir is not None else paths.cache_dir()
     if force:
         _fetch_once.cache_clear()
     return _fetch_once(source, cache, force)
-
-
-_default_cache = cache_dir
 
 
 def _shapes(note: str) -> FetchedSource:

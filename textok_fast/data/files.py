@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,7 @@ class FileDataset(CaptionedImages):
         self.image_size = image_size
         self.split = split
         self.skipped = {reason: count for reason, count in skipped.items() if count}
-        self.label_names = sorted({record.label for record in records if record.label})
+        self.label_names = sort_labels({record.label for record in records if record.label})
         self._label_index = {name: index for index, name in enumerate(self.label_names)}
         self._where = where
         keyed = sorted(zip(unique_keys([record.name for record in records]), records, strict=True), key=lambda pair: pair[0])
@@ -71,6 +73,7 @@ class FileDataset(CaptionedImages):
         if not self._members:
             raise InputError(f"the split {split!r} of {where} is empty: {len(records)} picture is too few for two splits")
         self._corrupt: set[int] = set()
+        self.unlabelled = sum(not record.label for _, record in self._members) if self.label_names else 0
 
     @abstractmethod
     def _read(self, record: Record) -> bytes:
@@ -111,12 +114,29 @@ class FileDataset(CaptionedImages):
                 captions.append(record.caption)
         return dict(sorted(found.items()))
 
+    def content_hash(self) -> str:
+        """Of all keys, captions and labels; the pixels are not read."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, record in self._members:
+            digest.update(json.dumps([key, record.caption, record.label]).encode())
+        return digest.hexdigest()
+
     def describe(self) -> str:
         classes = f", {len(self.label_names)} classes" if self.label_names else ""
+        if self.unlabelled:
+            classes += f", {self.unlabelled:,} without a label count as {self.label_names[0]!r}"
         return (
             f"{len(self):,} captioned pictures ({self.split} split, {self.image_size} px{classes}) of the {self.source} "
             f"{self._where}. Licence: the caller's own data{describe_skipped(self.skipped)}"
         )
+
+
+def sort_labels(names: Iterable[str]) -> list[str]:
+    """By number when all are whole numbers (2 before 10), else by spelling."""
+    found = list(names)
+    if all(name.isascii() and name.isdecimal() for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
+    return sorted(found)
 
 
 def normalize_caption(text: str) -> str:
@@ -125,8 +145,11 @@ def normalize_caption(text: str) -> str:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """A key for each name that is safe as a file name and distinct; a name's key does not depend on its position."""
-    plain = [re.sub(r"[^A-Za-z0-9_.-]+", "_", re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name)).strip(".")[:120] for name in names]
+    """A key for each name that is safe as a file name and distinct; a name's key does not depend on its position.
+
+    It has no dot, at which readers of WebDataset shards end a sample's name.
+    """
+    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name))[:120] for name in names]
     often = Counter(key.lower() for key in plain)  # some file systems do not tell upper from lower case
     seen: Counter[str] = Counter()
     keys = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from textok_fast.data.base import CaptionedImages
 from textok_fast.data.webdataset import encode_png
 from textok_fast.errors import InputError
+from textok_fast.files import write_atomically, write_text
 
 _MARGIN, _FONT_SIZE, _LINE = 8, 11, 14  # pixels
 _SHOWN = 160  # smallest side of a picture on the sheet
@@ -75,28 +74,15 @@ def materialize(dataset: CaptionedImages, directory: str | Path, n: int) -> int:
     elif any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and was not written by this command; choose an empty directory")
     else:
-        _write(record, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+        write_text(record, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
     new = 0
     for index in range(min(n, len(dataset))):
         example = dataset[index]
-        picture, text = folder / f"{example.key}.png", folder / f"{example.key}.txt"
-        if picture.exists() and text.exists():
+        picture, caption = folder / f"{example.key}.png", folder / f"{example.key}.txt"
+        if picture.exists() and caption.exists():
             continue
-        _write(text, f"{example.caption}\n".encode())
-        _write(picture, encode_png(example))
+        write_text(caption, f"{example.caption}\n")
+        data = encode_png(example)
+        write_atomically(picture, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
         new += 1
     return new
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Atomically: under another name first."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

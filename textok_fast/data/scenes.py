@@ -298,6 +298,14 @@ class SceneDataset(CaptionedImages):
                     break
         return dict(sorted(found.items()))
 
+    def content_hash(self) -> str:
+        """Of the objects' names and pictures: a stand-in, or another version of a font, is told from what it stands for."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sprite in self.sprites:
+            digest.update(f"{sprite.name} {sprite.image.shape}".encode())
+            digest.update(sprite.image.tobytes())
+        return digest.hexdigest()
+
     def describe(self) -> str:
         few, most = self.min_objects, self.max_objects
         per_scene = f"{few}" if few == most else f"{few} to {most}"

@@ -12,20 +12,26 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from textok_fast.data.base import CaptionedImages, collate
+from textok_fast.data.base import CaptionedImages, Example, collate
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
+from textok_fast.files import save_tensors, write_text
 
 INDEX_NAME = "index.json"
 _SHARD = re.compile(r"tokens-\d{5,}\.safetensors")
+
+
+class Examples(Protocol):
+    """Pictures by index."""
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
 
 EncodeFn = Callable[[Tensor, list[str]], dict[str, Tensor]]  # uint8 (B, S, S, 3), captions -> tokens and maybe indices
 
@@ -37,29 +43,37 @@ def write_token_shards(
     *,
     identity: dict[str, Any],
     count: int | None = None,
+    seed: int | None = None,
     batch_size: int = 32,
     shard_size: int = 1024,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Encodes the first ``count`` pictures of ``dataset`` (all by default) into ``directory``; returns how many shards were
-    already there.
+    """Encodes ``count`` pictures of ``dataset`` (default: all) into ``directory``; returns how many shards were already there.
 
-    ``identity`` says what the tokens are made of (tokenizer, data); a directory made of something else is refused.
-    ``progress`` is called with (pictures done, pictures in all).
+    Of more than ``count`` pictures the first are taken, or with ``seed`` those that it draws. ``identity`` says what the tokens
+    are made of (tokenizer, data); a directory made of something else is refused. ``part`` (k, n): writes every n-th shard from
+    the k-th on only, the others being other processes'. ``progress`` is called with (pictures done, pictures in all).
     """
     total = len(dataset) if count is None else min(count, len(dataset))
-    index = {**identity, "count": total, "shard_size": shard_size}
+    pictures: Examples = dataset
+    if seed is None or total == len(dataset):
+        seed = None
+    else:
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:total]
+        pictures = Subset(dataset, drawn.sort().values.tolist())  # type: ignore[arg-type]
+    content = {"content": dataset.content_hash(), "count": total, "drawn_by_seed": seed}
     directory.mkdir(parents=True, exist_ok=True)
-    claim_index(directory, index)
+    claim_index(directory, {**identity, **content, "shard_size": shard_size})
     reused = 0
-    for number, first, last in shard_ranges(total, shard_size):
+    for number, first, last in shard_ranges(total, shard_size)[part[0] :: part[1]]:
         path = directory / f"tokens-{number:05d}.safetensors"
         if is_complete(path):
             reused += 1
         else:
-            tensors, keys, captions = encode_range(dataset, encode, first, last, batch_size, progress, total)
+            tensors, keys, captions = encode_range(pictures, encode, first, last, batch_size, progress, total)
             metadata = {"keys": json.dumps(keys), "captions": json.dumps(captions)}
-            write_atomically(path, lambda target, t=tensors, m=metadata: save_file(t, target, metadata=m))  # type: ignore[misc]
+            save_tensors(tensors, path, metadata)
         if progress is not None:
             progress(last, total)
     return reused
@@ -71,7 +85,7 @@ def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:
 
 
 def encode_range(
-    dataset: CaptionedImages,
+    dataset: Examples,
     encode: EncodeFn,
     first: int,
     last: int,
@@ -106,7 +120,7 @@ def claim_index(directory: Path, index: dict[str, Any]) -> None:
                 f"{directory} holds tokens made otherwise ({', '.join(sorted(changed))} differ); choose another directory"
             )
         return
-    write_atomically(path, lambda target: target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(index, indent=2) + "\n")
 
 
 def read_index(directory: Path) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from PIL import Image
 from textok_fast.data.base import Example
 from textok_fast.data.files import FileDataset, Record, normalize_caption
 from textok_fast.errors import InputError
+from textok_fast.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -159,23 +159,18 @@ def write_shards(
     written: list[Path] = []
     while chunk := list(islice(remaining, shard_size)):
         target = folder / f"shard-{len(written):06d}.tar"
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                    for example in chunk:
-                        label = label_names[example.label] if label_names else str(example.label)
-                        _add(archive, f"{example.key}.png", encode_png(example))
-                        _add(archive, f"{example.key}.txt", example.caption.encode())
-                        _add(archive, f"{example.key}.cls", label.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_atomically(target, lambda path, chunk=chunk: _write_shard(path, chunk, label_names))  # type: ignore[misc]
         written.append(target)
     return written
+
+
+def _write_shard(path: Path, examples: Sequence[Example], label_names: Sequence[str] | None) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for example in examples:
+            label = label_names[example.label] if label_names else str(example.label)
+            _add(archive, f"{example.key}.png", encode_png(example))
+            _add(archive, f"{example.key}.txt", example.caption.encode())
+            _add(archive, f"{example.key}.cls", label.encode())
 
 
 def encode_png(example: Example) -> bytes:

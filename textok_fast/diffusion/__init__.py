@@ -6,6 +6,7 @@ from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion, MeanVariance
 from textok_fast.diffusion.guidance import GuidedModel, classifier_free_guidance, guided, merge_conditions
 from textok_fast.diffusion.noise import draw_noise, generators_for_seeds, noise_for_seeds, step_generators
+from textok_fast.diffusion.process import Objective, Process, build_process
 from textok_fast.diffusion.samplers import (
     SAMPLERS,
     ddim_step,
@@ -26,7 +27,10 @@ __all__ = [
     "GuidedModel",
     "MeanVariance",
     "ModelFn",
+    "Objective",
+    "Process",
     "betas_for",
+    "build_process",
     "channel_dim",
     "classifier_free_guidance",
     "ddim_step",

@@ -17,7 +17,8 @@ from PIL import Image
 
 from textok_fast.errors import InputError
 from textok_fast.evaluation.plots import Series, line_plot
-from textok_fast.evaluation.speedup import HEADINGS, SpeedupResult, speedup_svg, table_cells, write_text
+from textok_fast.evaluation.speedup import HEADINGS, SpeedupResult, speedup_svg, table_cells
+from textok_fast.files import write_text
 from textok_fast.pictures import as_uint8
 
 # Keys of DemoResults.pictures and .metrics, in the order of the page, with their names.
@@ -77,7 +78,7 @@ class DemoResults:
 
 def write_report(path: str | Path, results: DemoResults) -> Path:
     """Writes the page (atomically) and returns its path. Raises :class:`InputError` for pictures of another form than
-    :class:`DemoResults` says, or a place that cannot be written."""
+    :class:`DemoResults` says, OSError for a place that cannot be written."""
     path = Path(path)
     write_text(path, render_report(results))
     return path

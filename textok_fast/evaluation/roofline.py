@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import textok_fast
 from textok_fast.errors import InputError
+from textok_fast.ops.device import resolve_device
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,23 +144,6 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises :class:`InputError` for a device that is not there."""
-    if str(device) == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device {str(device)!r}; use auto, cpu or cuda") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {str(device)!r}")
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            raise InputError(f"device {str(device)!r} is not there: {count} CUDA devices are visible; use device cpu")
-    return chosen
 
 
 @contextmanager

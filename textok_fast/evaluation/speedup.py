@@ -11,10 +11,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +31,12 @@ from textok_fast.evaluation.roofline import (
     count_flops,
     machine_info,
     measure_ceilings,
-    resolve_device,
     time_call,
     torch_dtype,
     use_threads,
 )
+from textok_fast.files import write_text
+from textok_fast.ops.device import resolve_device
 
 PUBLISHED_SPEEDUP = 93.5
 PUBLISHED_CLAIM = (
@@ -226,18 +225,43 @@ def step_flops(size: str, tokens: int, batch: int = 1) -> int:
     return count_flops(lambda: model(*inputs))
 
 
-def run_speedup(config: SpeedupConfig, command: str | None = None, progress: bool = True) -> SpeedupResult:
+def run_speedup(
+    config: SpeedupConfig,
+    command: str | None = None,
+    progress: bool = True,
+    on_result: Callable[[SpeedupResult], None] | None = None,
+) -> SpeedupResult:
     """Measures every token count of ``config`` in turn and returns times, rates, and ratios to the smallest count.
 
     ``command`` is recorded as how to repeat the run; the process's own command line by default. ``progress``: lines on stderr.
-    Networks of one dtype share their block weights, so memory is one network's and the activations of the largest count.
+    ``on_result`` gets what is measured so far after each dtype and batch, and on Ctrl-C with the rounds that all networks have
+    finished; then the interrupt passes on. Networks of one dtype share their block weights, so memory is one network's and the
+    activations of the largest count.
     """
     started, device = time.perf_counter(), resolve_device(config.device)
     say = _say if progress else _silent
-    rows: list[SpeedupRow] = []
     ceilings: dict[str, Ceilings] = {}
     groups = [(dtype, batch) for dtype in config.dtypes for batch in config.batch]
     deadline = None if config.time_budget_s is None else started + config.time_budget_s
+
+    def result(rows: list[SpeedupRow]) -> SpeedupResult:
+        found = SpeedupResult(
+            config=config,
+            rows=rows,
+            ratios=_ratios(rows),
+            ceilings=list(ceilings.values()),
+            machine=machine,
+            device=str(device),
+            threads=threads,
+            command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            duration_s=time.perf_counter() - started,
+        )
+        if rows and on_result is not None:
+            on_result(found)
+        return found
+
+    rows: list[SpeedupRow] = []
     with use_threads(config.threads) as threads, torch.inference_mode():
         machine = machine_info()
         for dtype in config.dtypes:
@@ -245,27 +269,21 @@ def run_speedup(config: SpeedupConfig, command: str | None = None, progress: boo
             ceilings[dtype] = measure_ceilings(device, dtype)
             say(f"{dtype}: building DiT-{config.size} over {', '.join(map(str, config.tokens))} tokens")
             networks = build_networks(config, device, torch_dtype(dtype))
-            measured = []
-            for batch in config.batch:
-                share = len(groups) - groups.index((dtype, batch))
-                budget = None if deadline is None else (deadline - time.perf_counter()) / share
-                measured.append(_measure_group(config, networks, dtype, batch, device, budget, say))
+            measured: list[_Samples] = []
+            try:
+                for batch in config.batch:
+                    share = len(groups) - groups.index((dtype, batch))
+                    budget = None if deadline is None else (deadline - time.perf_counter()) / share
+                    _measure_group(config, networks, dtype, batch, device, budget, say, measured)
+                    result(rows + _rows(measured, networks, ceilings[dtype]))
+            except KeyboardInterrupt:
+                result(rows + _rows(measured, networks, ceilings[dtype]))
+                raise
             # again, and the better of the two: a neighbour's load at one moment must not lower the ceiling
             ceilings[dtype] = ceilings[dtype].better(measure_ceilings(device, dtype))
-            rows += [row for group in measured for row in _rows(group, networks, ceilings[dtype])]
+            rows += _rows(measured, networks, ceilings[dtype])
             del networks
-    return SpeedupResult(
-        config=config,
-        rows=rows,
-        ratios=_ratios(rows),
-        ceilings=list(ceilings.values()),
-        machine=machine,
-        device=str(device),
-        threads=threads,
-        command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        duration_s=time.perf_counter() - started,
-    )
+        return result(rows)
 
 
 @dataclass(frozen=True)
@@ -354,8 +372,9 @@ def _measure_group(
     device: torch.device,
     budget: float | None,
     say: Callable[[str], None],
-) -> list[_Samples]:
-    """Round-robin over the token counts of one dtype and batch, after a warm-up of each."""
+    measured: list[_Samples],
+) -> None:
+    """Round-robin over the token counts of one dtype and batch, after a warm-up of each; whole rounds go to ``measured``."""
     model_batch = 2 * batch if config.guidance else batch
     started, steps, samples, typical = time.perf_counter(), {}, {}, {}
     for tokens, network in networks.items():
@@ -378,21 +397,24 @@ def _measure_group(
         one_round = sum(typical[tokens] * repeats[tokens] for tokens in networks)
         left = budget - (time.perf_counter() - started)
         rounds = max(config.min_rounds, min(config.rounds, int(left / one_round)))
+    measured += samples.values()
     for index in range(rounds):
-        for tokens in networks:
-            samples[tokens].rounds.append([time_call(steps[tokens], device) for _ in range(repeats[tokens])])
+        times = {tokens: [time_call(steps[tokens], device) for _ in range(repeats[tokens])] for tokens in networks}
+        for tokens, taken_now in times.items():
+            samples[tokens].rounds.append(taken_now)
         seconds = ", ".join(f"{tokens}: {statistics.median(w for w, _ in s.rounds[-1]):.4g} s" for tokens, s in samples.items())
         say(f"{dtype} batch {batch}: round {index + 1} of {rounds}; {seconds}")
-    return list(samples.values())
 
 
 def _step(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
     return lambda: model(*inputs)
 
 
-def _rows(group: list[_Samples], networks: dict[int, Network], ceiling: Ceilings) -> list[SpeedupRow]:
+def _rows(measured: list[_Samples], networks: dict[int, Network], ceiling: Ceilings) -> list[SpeedupRow]:
     rows = []
-    for samples in group:
+    for samples in measured:
+        if not samples.rounds:
+            continue
         network = networks[samples.tokens]
         times = [time for one_round in samples.rounds for time in one_round]
         wall, processor = Spread.of([wall for wall, _ in times]), Spread.of([cpu for _, cpu in times])
@@ -580,7 +602,7 @@ def _figures(value: float) -> str:
 def save(result: SpeedupResult, path: str | Path) -> list[Path]:
     """Writes ``path`` (JSON), and beside it under the same name the table (``.md``) and the plot (``.svg``). Returns the paths.
 
-    Each file is written under a temporary name and moved into place, so that a killed run leaves the former one whole.
+    A killed run leaves the former files whole. Raises OSError for a place that cannot be written.
     """
     path = Path(path).with_suffix(".json")
     texts = {
@@ -602,25 +624,6 @@ def load(path: str | Path) -> SpeedupResult:
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a result of the speed-up benchmark")
     return SpeedupResult.from_dict(values)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically. Raises :class:`InputError` when the place cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from None
 
 
 def _say(line: str) -> None:

@@ -3,6 +3,7 @@ and run again: what is complete is kept."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,11 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from textok_fast.config import DataConfig, to_dict
 from textok_fast.data import load_dataset
+from textok_fast.data.files import IMAGE_SUFFIXES
 from textok_fast.data.token_cache import (
     TokenDataset,
     claim_index,
@@ -27,9 +30,9 @@ from textok_fast.data.token_cache import (
     write_token_shards,
 )
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
+from textok_fast.files import save_tensors, write_atomically, write_text
 from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
-from textok_fast.modeling.encoding import encode_function, token_identity
+from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
 from textok_fast.modeling.tokenizer import TexTok
 
 Progress = Callable[[int, int], None]
@@ -47,12 +50,15 @@ def encode_folder(
 ) -> dict[str, Any]:
     """Writes the tokens of all captioned pictures in ``images`` to ``out``.
 
+    ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
+    them, or a directory that holds .tar files and no pictures.
+
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
     picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ.
     """
     _require_at_least_one(batch_size=batch_size, shard_size=shard_size)
     tokenizer = TexTok.from_pretrained(model, device=device)
-    is_shards = images.endswith(".tar")
+    is_shards = _are_shards(images)
     if not is_shards and not Path(images).is_dir():
         raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
     config = DataConfig(source="webdataset" if is_shards else "folder", path=images, image_size=tokenizer.config.image_size)
@@ -65,7 +71,8 @@ def encode_folder(
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        claim_index(out, {**identity, "count": len(dataset), "shard_size": shard_size, "format": "webdataset"})
+        content = {"content": dataset.content_hash(), "count": len(dataset)}
+        claim_index(out, {**identity, **content, "shard_size": shard_size, "format": "webdataset"})
         reused = 0
         for number, first, last in shard_ranges(len(dataset), shard_size):
             path = out / f"tokens-{number:06d}.tar"
@@ -94,7 +101,11 @@ def decode_folder(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Decodes what :func:`encode_folder` wrote, in either format, into ``out``/<key>.png; pictures that are there are kept."""
+    """Decodes what :func:`encode_folder` wrote, in either format, into ``out``/<key>.png; pictures that are there are kept.
+
+    ``out``/decoded.json records what they were decoded from. Raises InputError when ``tokens`` is not complete, was made by
+    another tokenizer, or ``out`` holds pictures of these names that were decoded from something else.
+    """
     _require_at_least_one(batch_size=batch_size)
     if not tokens.is_dir():
         raise InputError(f"no directory {tokens}; wanted one that `textok-fast encode` wrote")
@@ -104,8 +115,13 @@ def decode_folder(
     if index.get("tokenizer") != wanted:
         raise InputError(f"the tokens in {tokens} were made by another tokenizer than {model}: decoding them would give noise")
     keys, captions, values = _read_tar_tokens(tokens) if index.get("format") == "webdataset" else _read_shard_tokens(tokens)
-    out.mkdir(parents=True, exist_ok=True)
+    if len(keys) != index.get("count"):
+        raise InputError(
+            f"{tokens} holds {len(keys)} of {index.get('count')} pictures: run the same `textok-fast encode` again to finish it"
+        )
+    digest = hashlib.sha256(json.dumps([keys, captions]).encode() + values.numpy().tobytes()).hexdigest()[:32]
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
+    _claim_pictures(out, {"tokenizer": wanted, "tokens": digest, "captions": with_captions}, new=len(missing) == len(keys))
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         given = [captions[i] for i in rows] if with_captions else None
@@ -133,48 +149,122 @@ def sample_to_folder(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Generates ``count`` pictures for each prompt or label: ``out``/00000.png, ..., tokens.safetensors and samples.json."""
-    _require_at_least_one(count=count, steps=steps)
+    """Generates ``count`` pictures for each prompt or label: ``out``/00000.png, ..., tokens.safetensors and samples.json.
+
+    A generator by class takes ``labels`` (a class's name before its index), and ``prompts`` only as the captions that the
+    decoder reads, one a label. After each batch everything is on the disk: the same call again goes on behind the last picture
+    that is listed in samples.json. Raises InputError when ``out`` holds samples made otherwise.
+    """
+    _require_at_least_one(count=count, steps=steps, batch_size=batch_size)
     pipeline = load_pipeline(model, device)
     by_class = isinstance(pipeline, ClassToImagePipeline)
-    wanted: list[Any] = (
-        [int(label) if label.lstrip("-").isdigit() else label for label in labels] if by_class else list(prompts)
-    )
-    if by_class and prompts and not labels:
-        raise InputError(f"{model} generates by class: give --label, not --prompt")
+    if by_class and not labels:
+        raise InputError(f"{model} generates by class: give --label" + (", not --prompt" if prompts else ""))
     if not by_class and labels:
         raise InputError(f"{model} generates from captions: give --prompt, not --label")
-    if not wanted:
-        raise InputError("give at least one --label" if by_class else "give at least one --prompt")
-    wanted = [item for item in wanted for _ in range(count)]
-    existing = out / "samples.json"
-    if existing.exists():
-        raise InputError(f"{out} holds samples already; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    if not by_class and not prompts:
+        raise InputError("give at least one --prompt")
+    if by_class and prompts and len(prompts) != len(labels):
+        raise InputError(
+            f"{model} generates by class and decodes with the prompts: give one --prompt for each --label, or none; "
+            f"got {len(prompts)} for {len(labels)}"
+        )
+    wanted = [item for item in (labels if by_class else prompts) for _ in range(count)]
+    captions = [prompt for prompt in prompts for _ in range(count)] if by_class and prompts else None
+    settings = {
+        "generator": fingerprint(pipeline.generator),
+        "tokenizer": fingerprint(pipeline.tokenizer),
+        "sampler": sampler or "default",
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_interval": None if interval is None else list(interval),
+        "seed": seed,
+        "for": wanted,
+        "captions": captions,
+    }
+    listed, tokens = _finished_samples(out, settings)
+    before = len(listed)
+
+    def write_listing() -> None:
+        text = json.dumps({"model": model, **settings, "samples": listed}, indent=1, ensure_ascii=False)
+        write_text(out / "samples.json", text + "\n")
+
     options = SamplingOptions(sampler, steps, guidance, interval)
-    parts: list[Tensor] = []
-    listed: list[dict[str, Any]] = []
-    total = -(-len(wanted) // batch_size) * steps
-    for start in range(0, len(wanted), batch_size):
-        batch = wanted[start : start + batch_size]
-        done = start // batch_size * steps
+    total = -(-(len(wanted) - before) // batch_size) * steps
+    for number, start in enumerate(range(before, len(wanted), batch_size)):
+        rows = range(start, min(start + batch_size, len(wanted)))
+        done = number * steps
+        extra: dict[str, Any] = {} if captions is None else {"captions": [captions[row] for row in rows]}
         made = pipeline(
-            batch,
-            seed=[seed + start + i for i in range(len(batch))],
+            [wanted[row] for row in rows],
+            seed=[seed + row for row in rows],
             options=options,
             progress=None if progress is None else lambda step, of, done=done: progress(done + step * steps // of, total),  # type: ignore[misc]
+            **extra,
         )
+        if not listed:
+            write_listing()  # from here on the directory is ours
         for i, picture in enumerate(made.images.cpu().numpy()):
-            name = f"{start + i:05d}.png"
+            name = f"{rows[i]:05d}.png"
             save_png(picture, out / name)
-            listed.append({"image": name, "for": batch[i], "caption": made.captions[i], "seed": made.seeds[i]})
-        parts.append(made.tokens.cpu())
-    tokens = torch.cat(parts).contiguous()  # (B, N, d)
-    write_atomically(out / "tokens.safetensors", lambda path: save_file({"tokens": tokens}, path))
-    about = {"model": model, "sampler": options.sampler or "default", "steps": steps, "guidance": guidance, "samples": listed}
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    write_atomically(existing, lambda path: path.write_text(text, encoding="utf-8"))
-    return {**about, "images": [str(out / item["image"]) for item in listed], "tokens": str(out / "tokens.safetensors")}
+            listed.append({"image": name, "for": wanted[rows[i]], "caption": made.captions[i], "seed": made.seeds[i]})
+        tokens.append(made.tokens.cpu())
+        # The listing last: what it names is there, with its tokens.
+        save_tensors({"tokens": torch.cat(tokens).contiguous()}, out / "tokens.safetensors")  # (B, N, d)
+        write_listing()
+    return {
+        "model": model,
+        **settings,
+        "samples": listed,
+        "images": [str(out / item["image"]) for item in listed],
+        "tokens": str(out / "tokens.safetensors"),
+        "new": len(listed) - before,
+    }
+
+
+def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """What an interrupted run listed, up to the first picture that is gone, and its tokens: one tensor, or none."""
+    file = out / "samples.json"
+    if not file.exists():
+        if (out / "00000.png").exists():
+            raise InputError(f"{out} holds pictures that `textok-fast sample` did not make; choose another --out")
+        return [], []
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        listed = list(found["samples"])
+        if not listed:
+            return [], []
+        changed = [name for name, value in settings.items() if found.get(name) != value]
+        tokens = load_file(out / "tokens.safetensors")["tokens"]
+        count = next((i for i, item in enumerate(listed) if not (out / item["image"]).exists()), len(listed))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"cannot read the samples in {out} ({error}); choose another --out") from None
+    if changed:
+        raise InputError(f"{out} holds samples made otherwise ({', '.join(changed)} differ); choose another --out")
+    if len(tokens) < count:
+        raise InputError(f"{out / 'tokens.safetensors'} has tokens of {len(tokens)} of {count} samples; choose another --out")
+    return listed[:count], [tokens[:count]]
+
+
+def _claim_pictures(out: Path, made_of: dict[str, Any], new: bool) -> None:
+    """Writes decoded.json, or checks that the pictures in ``out`` were decoded from the same. ``new``: none is there yet."""
+    file = out / "decoded.json"
+    if not new:
+        try:
+            same = json.loads(file.read_text(encoding="utf-8")) == made_of
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise InputError(f"{out} holds pictures that were not decoded from these tokens in this way; choose another --out")
+    write_text(file, json.dumps(made_of, indent=1) + "\n")
+
+
+def _are_shards(images: str) -> bool:
+    """Whether ``images`` names WebDataset shards rather than a folder of pictures."""
+    folder = Path(images)
+    if not folder.is_dir():
+        return images.endswith(".tar")
+    return any(folder.glob("*.tar")) and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

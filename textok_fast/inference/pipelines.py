@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from textok_fast.diffusion import FlowMatching, GaussianDiffusion, guided, noise_for_seeds, sample, step_generators
+from textok_fast.diffusion import Objective, build_process, guided, noise_for_seeds, sample, step_generators
 from textok_fast.errors import InputError
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures
@@ -52,7 +53,9 @@ class SamplingOptions:
 class GenerationPipeline:
     """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one."""
 
-    def __init__(self, generator: DiT, tokenizer: TexTok, objective: Literal["gaussian", "flow"] = "gaussian") -> None:
+    def __init__(
+        self, generator: DiT, tokenizer: TexTok, objective: Objective = "gaussian", prediction: str = "epsilon"
+    ) -> None:
         config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
         if (config.num_tokens, config.in_channels) != wanted:
             raise InputError(
@@ -60,8 +63,7 @@ class GenerationPipeline:
                 f"{wanted[0]} of {wanted[1]}: they were not trained together"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
-        self.process: GaussianDiffusion | FlowMatching
-        self.process = FlowMatching() if objective == "flow" else GaussianDiffusion(learn_sigma=config.learn_sigma)
+        self.process = build_process(objective, config.learn_sigma, prediction)
         self.objective = objective
 
     def to(self, device: str | torch.device) -> GenerationPipeline:
@@ -154,11 +156,12 @@ class ClassToImagePipeline(GenerationPipeline):
         self,
         generator: DiT,
         tokenizer: TexTok,
-        objective: Literal["gaussian", "flow"] = "gaussian",
+        objective: Objective = "gaussian",
         label_names: Sequence[str] = (),
         captions: dict[int, list[str]] | None = None,
+        prediction: str = "epsilon",
     ) -> None:
-        super().__init__(generator, tokenizer, objective)
+        super().__init__(generator, tokenizer, objective, prediction)
         self.label_names, self.captions = list(label_names), captions or {}
 
     def __call__(
@@ -171,7 +174,7 @@ class ClassToImagePipeline(GenerationPipeline):
         output: Literal["float", "uint8"] = "uint8",
         progress: Callable[[int, int], None] | None = None,
     ) -> GenerationOutput:
-        """One picture a label, given as an index or a name.
+        """One picture a label, given as an index, a name, or an index written out.
 
         ``captions`` for the decoder, one a label; None draws each from its class's held-out captions by the sample's seed (the
         null caption for a class that has none). ``seed`` as in :class:`TextToImagePipeline`.
@@ -191,12 +194,14 @@ class ClassToImagePipeline(GenerationPipeline):
         return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, progress)
 
     def label_index(self, label: int | str) -> int:
-        """The index of a class given by name or index; InputError for one that does not exist."""
+        """The index of a class; InputError for one that does not exist. A string is a name if a class has it, else an index."""
         count = self.generator.config.num_classes
         if isinstance(label, str):
-            if label not in self.label_names:
+            if label in self.label_names:
+                return self.label_names.index(label)
+            if not re.fullmatch(r"-?[0-9]+", label):
                 raise InputError(f"no class {label!r}; known: {', '.join(self.label_names[:8]) or 'none by name'}, ...")
-            return self.label_names.index(label)
+            label = int(label)
         if not 0 <= label < count:
             raise InputError(f"class {label} is outside [0, {count})")
         return label
@@ -223,7 +228,8 @@ def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> 
     directory = Path(directory)
     try:
         about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
-        objective, names = about["objective"], about["label_names"]
+        objective, prediction = about["objective"], about.get("prediction", "epsilon")
+        names = about["label_names"]
         captions = {int(label): texts for label, texts in about["captions"].items()}
     except FileNotFoundError:
         raise InputError(
@@ -234,5 +240,5 @@ def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> 
     generator = DiT.from_pretrained(directory / "generator", device=device)
     tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
     if generator.config.num_classes:
-        return ClassToImagePipeline(generator, tokenizer, objective, names, captions)
-    return TextToImagePipeline(generator, tokenizer, objective)
+        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction)
+    return TextToImagePipeline(generator, tokenizer, objective, prediction)

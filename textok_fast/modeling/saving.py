@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from textok_fast.config import from_mapping, to_dict
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
+from textok_fast.files import save_tensors, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -31,9 +31,9 @@ class PretrainedMixin(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        save_tensors(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps({"model_type": self.model_type, **to_dict(self.config)}, indent=2) + "\n"
-        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(directory / CONFIG_NAME, text)
         return directory
 
     @classmethod

@@ -83,6 +83,12 @@ def pad_features(features: Sequence[Tensor], multiple: int = 16, max_len: int | 
     return TextFeatures(padded, mask)
 
 
+def trim_padding(text: TextFeatures) -> TextFeatures:
+    """Without the places that are padding in every caption: (B, N_t, D_t) -> (B, longest caption or 1, D_t)."""
+    longest = max(1, int(text.mask.sum(1).max()))
+    return TextFeatures(text.features[:, :longest], text.mask[:, :longest])
+
+
 def load_text_encoder(
     name: str | Path = "minilm",
     max_tokens: int = 256,

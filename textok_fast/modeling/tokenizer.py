@@ -279,12 +279,15 @@ class TexTok(PretrainedMixin, nn.Module):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """The frozen encoder of ``config.text_encoder``, loaded on first use. Assign to replace it."""
+        """The frozen encoder of ``config.text_encoder``, loaded on first use, to the device that this model is on then.
+        Assign to replace it."""
         if not self._text_encoder:
-            encoder = load_text_encoder(
-                self.config.text_encoder, max_tokens=self.config.max_text_tokens, split=self.config.text_split
+            self.text_encoder = load_text_encoder(
+                self.config.text_encoder,
+                max_tokens=self.config.max_text_tokens,
+                split=self.config.text_split,
+                device=self.device,
             )
-            self.text_encoder = encoder
         return self._text_encoder[0]
 
     @text_encoder.setter

@@ -7,21 +7,22 @@ numbers need no saving: those of step k are drawn from a generator seeded by the
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from textok_fast.errors import InputError
+from textok_fast.files import save_state, save_tensors, write_text
 from textok_fast.modeling.saving import load_state
 from textok_fast.training.optim import ExponentialMovingAverage
 
@@ -39,26 +40,38 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of ``step`` finished steps and removes all but the newest ``keep``."""
     final = run / f"checkpoint-{step:06d}"
-    temporary = run / f".{final.name}.tmp"
+    with complete_directory(final) as directory:
+        weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+        save_tensors(weights, directory / "model.safetensors")
+        save_tensors({key: value.contiguous() for key, value in ema.state_dict().items()}, directory / "ema.safetensors")
+        save_state([optimizer.state_dict() for optimizer in optimizers], directory / "optimizer.pt")
+        write_text(directory / "state.json", json.dumps({"step": step, **state}))
+    for old in list_checkpoints(run)[:-keep]:
+        _remove(old)
+    return final
+
+
+@contextlib.contextmanager
+def complete_directory(final: Path) -> Iterator[Path]:
+    """A new directory to write into; at the end of the block it becomes ``final``, whose earlier contents are removed."""
+    temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(
-            {key: value.detach().contiguous() for key, value in model.state_dict().items()}, temporary / "model.safetensors"
-        )
-        save_file({key: value.contiguous() for key, value in ema.state_dict().items()}, temporary / "ema.safetensors")
-        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        yield temporary
+        if final.exists():
+            _remove(final)
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(run)[: -max(1, keep)]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def _remove(directory: Path) -> None:
+    """Renames first, so that nobody finds half of it under its name."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    directory.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

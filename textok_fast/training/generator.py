@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +13,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from textok_fast.config import GeneratorTrainConfig, to_dict
-from textok_fast.data import load_dataset
+from textok_fast.data import CaptionedImages, load_dataset
 from textok_fast.data.token_cache import TokenDataset, collate_tokens, write_token_shards
-from textok_fast.diffusion import FlowMatching, GaussianDiffusion
+from textok_fast.diffusion import GaussianDiffusion, build_process, noise_for_seeds, sample
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
+from textok_fast.files import write_text
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.encoding import encode_function, token_identity
 from textok_fast.modeling.layers import drop_captions
-from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok
-from textok_fast.training.loop import StepRandom, TrainResult, fit
+from textok_fast.pictures import image_grid
+from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
+FILE_SOURCES = ("folder", "webdataset")
+CACHED_SCENES = 8192  # of generated scenes, of which there is no end
+PREVIEW_SAMPLES, PREVIEW_STEPS = 8, 20
 
 
 class GeneratorTask:
@@ -33,25 +38,17 @@ class GeneratorTask:
     def __init__(self, config: GeneratorTrainConfig, tokenizer: TexTok) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.model = DiT(config.model)
-        self.process: GaussianDiffusion | FlowMatching
-        if config.objective == "gaussian":
-            self.process = GaussianDiffusion(learn_sigma=config.model.learn_sigma)
-        elif config.model.learn_sigma:
-            raise InputError("a flow has no learned variance: set model.learn_sigma=false, or objective=gaussian")
-        else:
-            self.process = FlowMatching()
+        self.process = build_process(config.objective, config.model.learn_sigma, config.prediction)
         wanted = (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
         if (config.model.num_tokens, config.model.in_channels) != wanted:
             raise InputError(
                 f"the tokenizer gives {wanted[0]} tokens of {wanted[1]} channels; set model.num_tokens={wanted[0]} and "
                 f"model.in_channels={wanted[1]} (got {config.model.num_tokens} and {config.model.in_channels})"
             )
-        if config.model.text_dim:
+        if config.model.text_dim or tokenizer.config.text != "none":
             tokenizer.text_encoder  # noqa: B018 (loads it now, so that a missing one is reported before training)
-            if tokenizer.config.text_dim != config.model.text_dim:
-                raise InputError(
-                    f"set model.text_dim={tokenizer.config.text_dim}, the width of {tokenizer.config.text_encoder}"
-                )
+        if config.model.text_dim and tokenizer.config.text_dim != config.model.text_dim:
+            raise InputError(f"set model.text_dim={tokenizer.config.text_dim}, the width of {tokenizer.config.text_encoder}")
 
     def loss(self, model: nn.Module, batch: dict[str, Any], rng: StepRandom) -> dict[str, Tensor]:
         x0 = batch["tokens"].to(rng.device)  # (B, N, d)
@@ -60,8 +57,7 @@ class GeneratorTask:
         if self.config.model.num_classes:
             labels = torch.where(drop, self.config.model.num_classes, batch["labels"].to(rng.device))  # (B,)
         if self.config.model.text_dim:
-            features, mask = self.tokenizer.text_encoder(batch["captions"])
-            text = drop_captions(TextFeatures(features.to(rng.device), mask.to(rng.device)), drop)
+            text = drop_captions(trim_padding(self.tokenizer.text_encoder(batch["captions"])).to(rng.device), drop)
         noise = rng.normal(*x0.shape)
         if isinstance(self.process, GaussianDiffusion):
             t = rng.integers(self.process.num_steps, len(x0))  # (B,)
@@ -70,28 +66,45 @@ class GeneratorTask:
         terms = self.process.training_losses(lambda x, time: model(x, time, labels, text).float(), x0, t, noise)
         return {name: value.mean() for name, value in terms.items()}
 
-    def preview(self, rng: StepRandom) -> Image.Image | None:
-        return None  # sampling needs a pipeline, which inference/ has: `textok-fast sample`
+    @functools.cached_property
+    def held_out(self) -> CaptionedImages:
+        """Pictures whose captions training has not seen."""
+        return load_dataset(self.config.data, held_out_split(self.config))
+
+    def preview(self, rng: StepRandom) -> Image.Image:
+        """Samples for held-out captions without guidance, from the same noise every time."""
+        examples = [self.held_out[index] for index in range(min(PREVIEW_SAMPLES, len(self.held_out)))]
+        captions, config = [example.caption for example in examples], self.config.model
+        classes = torch.tensor([example.label for example in examples], device=rng.device)  # (B,)
+        labels = classes if config.num_classes else None
+        text = self.tokenizer.text_features(captions, len(captions)) if config.text_dim else None
+        tokens = sample(
+            "euler" if self.config.objective == "flow" else "ddim",
+            lambda x, t: self.model(x, t, labels, text),
+            noise_for_seeds(range(len(examples)), (config.num_tokens, config.in_channels), rng.device),
+            PREVIEW_STEPS,
+            self.process,
+        )  # (B, N, d)
+        return image_grid(self.tokenizer.decode(tokens, captions, output="uint8"), columns=4, captions=captions)
 
     def finish(self, directory: Path) -> None:
         """A directory that ``textok_fast.inference.load_pipeline`` reads: generator, tokenizer, and how they were trained."""
         self.model.save_pretrained(directory / "generator")
         self.tokenizer.save_pretrained(directory / "tokenizer")
-        held_out = load_dataset(self.config.data, held_out_split(self.config))
+        by_class = bool(self.config.model.num_classes)
+        captions = self.held_out.captions_by_label(CAPTIONS_PER_CLASS) if by_class else {}
         about = {
             "objective": self.config.objective,
-            "label_names": held_out.label_names if self.config.model.num_classes else [],
-            "captions": {str(k): v for k, v in held_out.captions_by_label(CAPTIONS_PER_CLASS).items()}
-            if self.config.model.num_classes
-            else {},
+            "prediction": self.config.prediction,
+            "label_names": self.held_out.label_names if by_class else [],
+            "captions": {str(label): texts for label, texts in captions.items()},
         }
-        text = json.dumps(about, indent=1, ensure_ascii=False)
-        write_atomically(directory / "pipeline.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(directory / "pipeline.json", json.dumps(about, indent=1, ensure_ascii=False))
 
 
 def held_out_split(config: GeneratorTrainConfig) -> str:
     """The split whose captions training has not seen."""
-    return "validation" if config.data.source in ("folder", "webdataset") else "composition"
+    return "validation" if config.data.source in FILE_SOURCES else "composition"
 
 
 def train_generator(
@@ -105,25 +118,30 @@ def train_generator(
 
     ``on_cache`` is called with (pictures encoded, in all). See :func:`textok_fast.training.loop.fit`.
     """
+    processes = join_processes()
     torch.manual_seed(config.run.seed)  # the initial weights
-    tokenizer = TexTok.from_pretrained(config.tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
     task = GeneratorTask(config, tokenizer)
-    directory = Path(config.token_cache or Path(config.run.output_dir) / "tokens")
     dataset = load_dataset(config.data, "train")
-    identity = token_identity(tokenizer, to_dict(config.data))
+    announce(processes, dataset.describe())
+    classes = len(dataset.label_names) or 1
+    if 0 < config.model.num_classes < classes:
+        raise InputError(f"the data has {classes} classes; set model.num_classes={classes}, got {config.model.num_classes}")
+    directory = Path(config.token_cache or Path(config.run.output_dir) / "tokens")
+    count = config.cache_images or (len(dataset) if config.data.source in FILE_SOURCES else CACHED_SCENES)
+    if count < len(dataset):
+        announce(processes, f"caching the tokens of {count:,} of them, drawn by data.seed={config.data.seed} (cache_images)")
     write_token_shards(
         directory,
         dataset,
         encode_function(tokenizer),
-        identity=identity,
-        count=config.cache_images,
+        identity=token_identity(tokenizer, to_dict(config.data)),
+        count=count,
+        seed=config.data.seed,
         batch_size=64,
-        progress=on_cache,
+        part=(processes.process_index, processes.num_processes),
+        progress=on_cache if processes.is_main_process else None,
     )
+    processes.wait_for_everyone()
     tokens = TokenDataset(directory)
-    if config.model.num_classes and int(tokens.labels.max()) >= config.model.num_classes:
-        raise InputError(
-            f"the data has classes up to {int(tokens.labels.max())} ({len(dataset.label_names)} names); set "
-            f"model.num_classes={max(len(dataset.label_names), int(tokens.labels.max()) + 1)}, got {config.model.num_classes}"
-        )
-    return fit(task, tokens, collate_tokens, config, resume=resume, progress=progress)
+    return fit(task, tokens, collate_tokens, config, content=tokens.index, resume=resume, progress=progress)

@@ -1,25 +1,27 @@
 """The training loop that the tokenizer and the generator share, on Hugging Face Accelerate.
 
-One process or many (``accelerate launch``, ``torchrun``): the global batch of a step is the same whatever the number of
-processes, each taking its slice. Batches and random numbers are functions of (seed, step) alone, which makes a resumed run
-continue bit for bit on a CPU.
+One process or many (``accelerate launch``, ``torchrun``): ``batch_size`` is each process's, so the global batch grows with
+their number; the same global batch gives the same run however many share it, up to rounding. Batches and random numbers are
+functions of (seed, step) alone, which makes a resumed run continue bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -27,9 +29,13 @@ from tqdm import tqdm
 
 from textok_fast.config import OptimConfig, RunConfig, to_dict
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
-from textok_fast.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from textok_fast.files import write_atomically, write_text
+from textok_fast.ops.device import default_device
+from textok_fast.training.checkpoints import complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
+
+# Fields of RunConfig that a continuation may change: where things are, and what is shown and kept.
+MAY_CHANGE = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 
 
 class Examples(Protocol):
@@ -121,6 +127,22 @@ class TrainResult:
     run: Path
     final: Path
     history: list[dict[str, float]]
+    is_main: bool = True  # of several processes one reports
+
+
+def join_processes() -> Any:
+    """This process's ``accelerate.PartialState``: its device, its number, and the others of the same launch."""
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise InputError("training needs accelerate: pip install 'textok-fast[train]'") from None
+    return PartialState(cpu=default_device().type == "cpu")
+
+
+def announce(processes: Any, text: str) -> None:
+    """A line on stderr, from one process."""
+    if processes.is_main_process:
+        print(text, file=sys.stderr, flush=True)
 
 
 def fit(
@@ -129,14 +151,35 @@ def fit(
     collate: Callable[[list[Any]], dict[str, Any]],
     config: Any,
     *,
+    content: Mapping[str, Any],
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Trains ``task`` on ``dataset`` as ``config.run`` and ``config.optim`` say.
 
     Leaves in ``run.output_dir``: config.yaml, log.jsonl, TensorBoard events, samples/*.png, the newest checkpoints, and final/.
-    Ctrl-C writes a checkpoint before it passes on. Raises InputError when the directory holds a run and ``resume`` is not set.
+    Ctrl-C and SIGTERM write a checkpoint before they pass on, and reach every process if they reach one. ``content`` says what
+    the data are; a resumed run must have the same.
+
+    Raises InputError when the directory holds a run and ``resume`` is not set, a run with other settings or other data, or one
+    that another process is training.
     """
+    processes = join_processes()
+    run = Path(config.run.output_dir)
+    if not resume and (list_checkpoints(run) or (run / "final").exists()):
+        raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
+    with _only_trainer(run) if processes.is_main_process else contextlib.nullcontext():
+        return _fit(task, dataset, collate, config, content, progress)
+
+
+def _fit(
+    task: Task,
+    dataset: Examples,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    config: Any,
+    content: Mapping[str, Any],
+    progress: bool,
+) -> TrainResult:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
@@ -144,14 +187,12 @@ def fit(
     run_config: RunConfig = config.run
     optim_config: OptimConfig = config.optim
     run = Path(run_config.output_dir)
-    checkpoints = list_checkpoints(run)
-    if not resume and (checkpoints or (run / "final").exists()):
-        raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
+    final = run / "final"
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(
         mixed_precision=run_config.mixed_precision,
         gradient_accumulation_steps=run_config.gradient_accumulation,
-        cpu=not torch.cuda.is_available(),
+        cpu=default_device().type == "cpu",
     )
     set_seed(run_config.seed)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -160,15 +201,16 @@ def fit(
     optimizers = build_optimizers(task.model, optim_config)
     ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
     # What must not change between a run and its continuation, or the two would be no one run.
-    expected = {"settings": {key: value for key, value in settings.items() if key != "run"}, "seed": run_config.seed}
-    expected["global_batch"] = run_config.batch_size * run_config.gradient_accumulation * world
-    expected["steps"] = run_config.steps
+    expected = _flat({**settings, "content": {**content, "length": len(dataset)}, "processes": world})
+    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
+    checkpoints = list_checkpoints(run)
     done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected) if checkpoints else 0
+    result = TrainResult(run, final, read_history(run), accelerator.is_main_process)
+    if done == run_config.steps and final.exists():
+        return result
     model, *prepared = accelerator.prepare(task.model, *optimizers)
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(settings, sort_keys=False)
-        write_atomically(run / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     per_step = run_config.gradient_accumulation
     batches = StepBatches(
@@ -205,6 +247,11 @@ def fit(
             bare = accelerator.unwrap_model(model)
             save_checkpoint(run, step, bare, ema, optimizers, expected, run_config.keep_checkpoints)
 
+    def stop_asked() -> bool:
+        if world == 1:
+            return interrupts.asked
+        return bool(accelerator.reduce(torch.tensor(float(interrupts.asked), device=device), "sum") > 0)
+
     seen, since = 0, time.perf_counter()
     interrupts = _Interrupts()
     try:
@@ -212,6 +259,7 @@ def fit(
             rate = learning_rate(step, run_config.steps, optim_config)
             for group in (group for optimizer in prepared for group in optimizer.param_groups):
                 group["lr"] = rate
+            means: dict[str, Tensor] = {}  # of the terms over the micro-batches
             for micro in range(per_step):
                 batch = next(loader)
                 rng = StepRandom(run_config.seed, step, micro, rank, world, device)
@@ -219,16 +267,18 @@ def fit(
                     with accelerator.autocast():
                         terms = task.loss(model, batch, rng)
                     accelerator.backward(terms["loss"])
-                    if accelerator.sync_gradients:
+                    if accelerator.sync_gradients and optim_config.grad_clip:
                         accelerator.clip_grad_norm_(model.parameters(), optim_config.grad_clip)
                     for optimizer in prepared:
                         optimizer.step()
                         optimizer.zero_grad()
+                for name, value in terms.items():
+                    means[name] = means.get(name, torch.zeros((), device=device)) + value.detach() / per_step
                 seen += run_config.batch_size * world
             ema.update(task.model, step)
             last = step + 1 == run_config.steps
             if (step + 1) % run_config.log_every == 0 or last:
-                values = {name: float(accelerator.reduce(value.detach(), "mean")) for name, value in terms.items()}
+                values = {name: float(accelerator.reduce(value, "mean")) for name, value in means.items()}
                 if not all(abs(value) < float("inf") for value in values.values()):
                     raise InputError(f"the loss is no longer finite at step {step + 1}: {values}; lower optim.lr")
                 now = time.perf_counter()
@@ -243,11 +293,11 @@ def fit(
             if (step + 1) % run_config.sample_every == 0 and not last and log is not None:
                 with _averaged(task.model, ema):
                     log.picture(step + 1, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
-            if interrupts.asked and not last:
+            if stop_asked() and not last:
                 checkpoint(step + 1)
                 raise KeyboardInterrupt
-        step = run_config.steps
-        checkpoint(step)
+        if done < run_config.steps:
+            checkpoint(run_config.steps)
     finally:
         interrupts.close()
         bar.close()
@@ -256,13 +306,37 @@ def fit(
     accelerator.wait_for_everyone()
     ema.copy_to(task.model)
     task.model.eval()
-    final = run / "final"
-    if accelerator.is_main_process:
-        if log is not None:
-            log.picture(step, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
-        task.finish(final)
+    if log is not None:
+        log.picture(run_config.steps, task.preview(StepRandom(run_config.seed, run_config.steps, 0, 0, 1, device)))
+        with complete_directory(final) as directory:
+            task.finish(directory)
     accelerator.wait_for_everyone()
-    return TrainResult(run, final, read_history(run))
+    return dataclasses.replace(result, history=read_history(run))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"width": 8}} -> {"model.width": 8}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+@contextlib.contextmanager
+def _only_trainer(run: Path) -> Iterator[None]:
+    """Inside, no other process trains in this directory; InputError when one does."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"{run} is being trained by another process; wait for it, stop it, or choose another run.output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_history(run: Path) -> list[dict[str, float]]:
@@ -285,22 +359,22 @@ def _leave_interrupts_to_main(worker: int) -> None:
 
 
 class _Interrupts:
-    """Notes the first Ctrl-C, so that the step in hand is finished before anything is saved; a second one stops at once."""
+    """Notes Ctrl-C and SIGTERM, so that the step in hand is finished before anything is saved; another Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.previous: Any = None
+        self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._note)
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
     def close(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class _averaged:
@@ -327,8 +401,7 @@ class _Log:
     def __init__(self, run: Path, done: int, tensorboard: bool) -> None:
         self.run = run
         kept = [line for line in read_history(run) if line["step"] <= done]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(run / "log.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (run / "log.jsonl").open("a", encoding="utf-8")
         self.board = None
         if tensorboard:

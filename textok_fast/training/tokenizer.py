@@ -11,38 +11,28 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
-from textok_fast.errors import InputError
 from textok_fast.modeling.layers import drop_captions
-from textok_fast.modeling.text_encoders import TextFeatures, load_text_encoder
+from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import StepRandom, TrainResult, fit
+from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
 from textok_fast.training.losses import tokenizer_loss
 
-STATISTICS_BATCHES = 32  # pictures for the latents' mean and deviation: this many batches
+STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones whatever the batch size
 
 
 class TokenizerTask:
     """Reconstruction of the training pictures, some of them without their caption."""
 
-    def __init__(self, config: TokenizerTrainConfig) -> None:
+    def __init__(self, config: TokenizerTrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.model = TexTok(config.model)
+        self.model = TexTok(config.model).to(device)
         self.dataset = load_dataset(config.data, "train")
-        model = config.model
-        self.encoder = None
-        if model.text != "none":
-            self.encoder = load_text_encoder(model.text_encoder, max_tokens=model.max_text_tokens, split=model.text_split)
-            self.model.text_encoder = self.encoder  # checks its width
+        # Loaded now, so that a missing one is reported before training, and to the model's device.
+        self.encoder = None if config.model.text == "none" else self.model.text_encoder
 
     def text(self, captions: list[str], device: torch.device) -> TextFeatures | None:
-        if self.encoder is None:
-            return None
-        features, mask = self.encoder(captions)
-        if device.type == "cpu":  # padding costs time here, and no compiled kernel wants round lengths
-            longest = max(1, int(mask.sum(1).max()))
-            features, mask = features[:, :longest], mask[:, :longest]
-        return TextFeatures(features.to(device), mask.to(device))
+        return None if self.encoder is None else trim_padding(self.encoder(captions)).to(device)
 
     def loss(self, model: nn.Module, batch: dict[str, Any], rng: StepRandom) -> dict[str, Tensor]:
         pixels = from_uint8(batch["images"].to(rng.device))  # (B, 3, S, S)
@@ -68,11 +58,11 @@ class TokenizerTask:
 @torch.no_grad()
 def measure_latent_statistics(task: TokenizerTask) -> None:
     """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included."""
-    batch_size = min(task.config.run.batch_size, len(task.dataset))
+    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), task.config.run.batch_size
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     task.model.eval()
-    for index in range(0, min(len(task.dataset), STATISTICS_BATCHES * batch_size) - batch_size + 1, batch_size):
-        batch = collate([task.dataset[i] for i in range(index, index + batch_size)])
+    for first in range(0, pictures, batch_size):
+        batch = collate([task.dataset[i] for i in range(first, min(first + batch_size, pictures))])
         pixels = from_uint8(batch["images"].to(task.model.device))
         output = task.model.bottleneck(task.model.encoder(pixels, task.text(batch["captions"], task.model.device)))
         latents = (output.latents if output.mean is None else output.mean).double().cpu().flatten(0, 1)  # (B N, d)
@@ -85,8 +75,9 @@ def measure_latent_statistics(task: TokenizerTask) -> None:
 
 def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
     """Trains a TexTok; the finished model is in ``<output_dir>/final``. See :func:`textok_fast.training.loop.fit`."""
-    if config.run.batch_size < 1 or config.run.steps < 1:
-        raise InputError(f"run.batch_size and run.steps must be at least 1, got {config.run.batch_size} and {config.run.steps}")
+    processes = join_processes()
     torch.manual_seed(config.run.seed)  # the initial weights
-    task = TokenizerTask(config)
-    return fit(task, task.dataset, collate, config, resume=resume, progress=progress)
+    task = TokenizerTask(config, processes.device)
+    announce(processes, task.dataset.describe())
+    content = {"content": task.dataset.content_hash()}
+    return fit(task, task.dataset, collate, config, content=content, resume=resume, progress=progress)
