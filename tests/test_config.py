@@ -133,6 +133,24 @@ def test_strings_on_the_command_line_become_the_fields_types() -> None:
     assert (config.optim.lr, config.run.tensorboard, config.optim.betas, config.run.steps) == (3e-4, False, (0.8, 0.9), 5)
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_words_and_numbers_that_yaml_would_take_for_something_else(tmp_path: Path, as_file: bool) -> None:
+    given = {"run": {"mixed_precision": "no", "tensorboard": "no", "output_dir": "2024"}, "optim": {"lr": "1e-3"}}
+    text = "\n".join(f"{part}: {{{', '.join(f'{key}: {value}' for key, value in row.items())}}}" for part, row in given.items())
+    (tmp_path / "run.yaml").write_text(text)
+    overrides = [f"{part}.{key}={value}" for part, row in given.items() for key, value in row.items()]
+    source: dict[str, Any] = {"file": tmp_path / "run.yaml"} if as_file else {"overrides": overrides}
+    config = load_config(TokenizerTrainConfig, **source)
+    assert (config.run.mixed_precision, config.run.tensorboard, config.run.output_dir) == ("no", False, "2024")
+    assert config.optim.lr == 1e-3
+
+
+@pytest.mark.parametrize("path", ["runs/demo #1", "007", "2024-01-02", "a: b", "null", "true", "~", "[a", "*x"])
+def test_a_path_arrives_as_it_was_typed(path: str) -> None:
+    assert load_config(TokenizerTrainConfig, overrides=[f"run.output_dir={path}"]).run.output_dir == path
+    assert load_config(TokenizerTrainConfig, overrides=[f'run.output_dir="{path}"']).run.output_dir == path
+
+
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 BAD_TOKENIZER = {

@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--source", choices=("emoji", "stamps", "shapes"), default="emoji", help="the pictures (default: %(default)s)"
     )
     demo.add_argument("--steps", type=int, default=None, help="training steps of the tokenizers (default: the preset's)")
-    demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs (about a minute)")
+    demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs (about two minutes)")
 
     kinds = _group(commands, "data", "fetch and look at captioned pictures",
         "textok-fast data preview --out sheet.png source=emoji")  # fmt: skip

@@ -6,9 +6,11 @@ before (:func:`load_config`). Unknown keys and values of the wrong type are erro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,7 +445,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the configuration {file}: {error}") from None
     try:
-        loaded = yaml.safe_load(text)
+        loaded = _yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if loaded is None:
@@ -488,7 +490,7 @@ def _adapter(cls: Any) -> Any:
         if kind in seen:
             return
         seen.add(kind)
-        with_config(ConfigDict(extra="forbid"))(kind)
+        with_config(ConfigDict(extra="forbid", coerce_numbers_to_str=True))(kind)
         for item in dataclasses.fields(kind):
             default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
             if dataclasses.is_dataclass(default):
@@ -536,13 +538,29 @@ def _parse_override(item: str) -> dict[str, Any]:
     key, separator, text = item.partition("=")
     if not separator or not key:
         raise InputError(f"an override is written key=value or key.sub=value, got {item!r}")
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    # A plain word or number stays as it was typed: the field's type decides what it is, and no path loses what follows a "#".
+    value: Any = text
+    if text.lstrip().startswith(("[", "{", "'", '"')):
+        with contextlib.suppress(yaml.YAMLError):
+            value = _yaml(text)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false, as in YAML 1.2: ``mixed_precision: no`` is a word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _lay_over(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ class Effort:
     """How much of everything. None keeps the preset's number."""
 
     steps: int | None = None  # of each tokenizer
-    evaluated: int = 512  # pictures of each split
+    evaluated: int = 320  # pictures of each split
     cached: int | None = None  # pictures whose tokens the generator trains on
     generator_steps: int | None = None
     speedup_size: str = "S"
     speedup_tokens: tuple[int, ...] = (32, 256, 1024, 4096)
-    speedup_seconds: float = 75.0
+    speedup_seconds: float = 45.0
 
 
 QUICK = Effort(6, 16, 256, 6, "tiny", (32, 256), 5.0)  # enough to see that every part runs; nothing is learned
@@ -330,12 +330,14 @@ class _Demo:
         config, train = tokenizer.config, self.config
         parameters = sum(p.numel() for p in tokenizer.parameters())
         return {
-            "tokens": f"{config.num_tokens} of {config.latent_dim} channels",
+            "tokens": config.num_tokens,
+            "channels a token": config.latent_dim,
             "image size": f"{config.image_size} px, patches of {config.patch_size} px",
             "tokenizer": f"{parameters / 1e6:.1f} M parameters, width {config.width}, "
             f"{config.encoder_depth} + {config.decoder_depth} layers",
             "text encoder": f"{config.text_encoder}, frozen, clause by clause",
             "objects": f"{train.data.objects} for training, {train.data.held_out_objects} held out",
+            "jitter": f"{train.data.jitter:g} (share of the variation in place and size that captions do not tell)",
             "training": f"{train.run.steps} steps of {train.run.batch_size} pictures, seed {train.run.seed}",
             "optimizer": f"{train.optim.name}, learning rate {train.optim.lr:g}",
             "generator": f"DiT of {sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, flow matching, "

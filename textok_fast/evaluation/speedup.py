@@ -578,7 +578,7 @@ def speedup_svg(result: SpeedupResult, standalone: bool = False) -> str:
     if len(series) == 1:
         where += f", {series[0].name}"
     return line_plot(
-        f"DiT-{result.config.size}: one step at N tokens / at {base} tokens ({where})",
+        f"DiT-{result.config.size}: a step at N / {base} tokens ({where})",
         "transformer tokens N",
         f"times the step at {base} tokens",
         series,
