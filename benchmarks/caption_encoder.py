@@ -2,13 +2,16 @@
 
 The demo's tokenizer is trained twice from the same seed on the same batches, once with each, and both reconstruct the held-out
 compositions and the held-out objects. The table has one row for each word of the training captions and one for unknown words,
-plus a position inside its clause; everything else is the same. Run: ``python benchmarks/caption_encoder.py --out FILE.json``
+plus the positions of the word in its clause and of the clause in the caption; everything else is the same.
+
+``python benchmarks/caption_encoder.py --out FILE.json``
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -29,34 +32,36 @@ from textok_fast.training.losses import tokenizer_loss
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 from textok_fast.training.tokenizer import TokenizerTask
 
-POSITIONS = 16  # words a clause
+POSITIONS, CLAUSES = 16, 8  # words a clause, clauses a caption
 
 
 class TrainedWords(nn.Module):
-    """Captions -> (B, N_t, D_t): word embedding plus its position in the clause."""
+    """Captions -> (B, N_t, D_t): word embedding + its position in the clause + the clause's position in the caption."""
 
     def __init__(self, words: list[str], dim: int) -> None:
         super().__init__()
         self.index = {word: i + 1 for i, word in enumerate(words)}  # 0: a word that training did not have
         self.words = nn.Embedding(len(words) + 1, dim)
         self.positions = nn.Embedding(POSITIONS, dim)
+        self.clauses = nn.Embedding(CLAUSES, dim)  # what belongs together: MiniLM's features know it from their context
 
     def forward(self, captions: list[str]) -> TextFeatures:
         rows = [
             [
-                (self.index.get(word, 0), min(i, POSITIONS - 1))
-                for clause in caption.split("; ")
+                (self.index.get(word, 0), min(i, POSITIONS - 1), min(c, CLAUSES - 1))
+                for c, clause in enumerate(caption.split("; "))
                 for i, word in enumerate(clause.split())
             ]
             for caption in captions
         ]
         length = max(map(len, rows))
-        ids = torch.zeros(len(rows), length, 2, dtype=torch.int64)  # (B, N_t, 2)
+        ids = torch.zeros(len(rows), length, 3, dtype=torch.int64)  # (B, N_t, 3)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)  # (B, N_t)
-        for row, pairs in enumerate(rows):
-            ids[row, : len(pairs)] = torch.tensor(pairs)
-            mask[row, : len(pairs)] = True
-        return TextFeatures(self.words(ids[..., 0]) + self.positions(ids[..., 1]), mask)
+        for row, triples in enumerate(rows):
+            ids[row, : len(triples)] = torch.tensor(triples)
+            mask[row, : len(triples)] = True
+        word, position, clause = ids.unbind(-1)  # each (B, N_t)
+        return TextFeatures(self.words(word) + self.positions(position) + self.clauses(clause), mask)
 
 
 class Both(nn.Module):
@@ -130,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(TokenizerTrainConfig, "demo", overrides=args.overrides)
     rows = [train(kind, config, args.count) for kind in args.encoder]
-    result = {"command": " ".join(sys.argv), "machine": machine_info(), "steps": config.run.steps, "rows": rows}
+    result = {"command": shlex.join(["python", *sys.argv]), "machine": machine_info(), "steps": config.run.steps, "rows": rows}
     write_atomically(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     for row in rows:
         for split in ("composition", "object"):

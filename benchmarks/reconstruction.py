@@ -50,7 +50,7 @@ def main() -> None:
             found = evaluate(tokenizer, load_dataset(config.data, split), args.count)
             rows.append({"tokenizer": directory, "text": tokenizer.config.text, "split": split, **found})
             print(f"{directory} {split}: " + ", ".join(f"{name} {row['psnr']:.2f} dB" for name, row in found.items()))
-    result = {"command": shlex.join(sys.argv), "machine": machine_info(), "rows": rows}
+    result = {"command": shlex.join(["python", *sys.argv]), "machine": machine_info(), "rows": rows}
     write_atomically(args.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
