@@ -314,7 +314,7 @@ def test_ctrl_c(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("textok_fast.info.collect", interrupted)
     result = run("info")
     assert result.code == 130
-    assert "what was finished is kept" in result.err
+    assert "what was written so far is kept" in result.err
     assert "Traceback" not in result.err
 
 

@@ -49,7 +49,7 @@ def test_nothing_required_is_torchvision_or_needs_it(metadata: importlib.metadat
 
 def test_console_script_is_the_command(metadata: importlib.metadata.Distribution) -> None:
     scripts = {point.name: point.value for point in metadata.entry_points if point.group == "console_scripts"}
-    assert scripts == {"textok-fast": "textok_fast.cli:main"}
+    assert scripts == {"textok-fast": "textok_fast.__main__:run"}
 
 
 def test_help_answers_without_importing_torch() -> None:

@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
         from textok_fast import modeling
 
         return getattr(modeling, name)
-    if name in ("diffusion", "evaluation", "export", "inference", "interop", "modeling", "ops", "training"):
+    if name in ("data", "diffusion", "evaluation", "export", "inference", "interop", "modeling", "ops", "training"):
         import importlib
 
         return importlib.import_module(f"textok_fast.{name}")

@@ -12,7 +12,9 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     args.command_line = shlex.join(["textok-fast", *(sys.argv[1:] if argv is None else argv)])
     try:
+        _load_libraries(args)
         # With --json stdout belongs to the JSON, whoever prints.
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             result = args.handler(args)
@@ -51,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted: what was finished is kept; run the same command (training: with --resume) to go on", file=sys.stderr
-        )
+        print("\ninterrupted: what was written so far is kept (training goes on with --resume)", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,6 +77,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _load_libraries(args: argparse.Namespace) -> None:
+    """What the commands need anyway, and then the usual Ctrl-C (see :mod:`textok_fast.__main__`)."""
+    import numpy  # noqa: F401
+
+    if args.handler not in (run_data_fetch, run_data_preview, run_data_make):
+        import torch  # noqa: F401
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message: str) -> int:
@@ -249,10 +260,11 @@ def run_data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.data import fetch
 
     found = fetch(args.source, force=args.force)
-    print(f"{found.name}: {found.pictures:,} pictures in {found.directory}\n{found.note}\nlicence: {found.licence}")
+    where = f"in {found.directory}" if found.directory else "drawn when they are needed"
+    print(f"{found.name}: {found.pictures:,} pictures {where}\n{found.note}\nlicence: {found.licence}")
     return {
         "source": found.name,
-        "directory": str(found.directory),
+        "directory": str(found.directory) if found.directory else None,
         "pictures": found.pictures,
         "licence": found.licence,
         "note": found.note,
@@ -375,8 +387,8 @@ def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
         batch=tuple(args.batch),
         dtypes=tuple(args.dtype),
         threads=args.threads,
-        rounds=max(args.rounds, args.min_rounds),
-        min_rounds=args.min_rounds,
+        rounds=args.rounds,
+        min_rounds=min(args.rounds, args.min_rounds),
         warmup=args.warmup,
         device=args.device,
         guidance=args.guidance,
@@ -426,6 +438,8 @@ class _progress:
             self.bar = tqdm(desc=self.title, total=total, disable=self.silent, file=sys.stderr, mininterval=interval)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
+        if done >= total:  # what follows has a bar of its own
+            self.bar.close()
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -154,6 +154,8 @@ class TexTokConfig:
         """
         row = _size_row(TOKENIZER_SIZES, size)
         image_size = overrides.get("image_size", cls.image_size)
+        if not isinstance(image_size, int):
+            raise InputError(f"image_size must be a whole number, got {image_size!r}")
         values: dict[str, Any] = {
             "width": row["width"],
             "heads": row["heads"],
@@ -599,6 +601,8 @@ def _size_row(table: dict[str, dict[str, int]], size: str) -> dict[str, int]:
 
 
 def _require_positive(config: Any, name: str) -> None:
+    if not isinstance(getattr(config, name), (int, float)):
+        raise InputError(f"{name} must be a number, got {getattr(config, name)!r}")
     value = getattr(config, name)
     if not (value >= 1 if isinstance(value, int) else value > 0):
         raise InputError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -502,3 +503,26 @@ def test_indices_for_a_continuous_tokenizer_and_an_unknown_output_are_refused(ma
         make_tokenizer().decode(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="'png'"):
         make_tokenizer().decode(torch.zeros(2, 3, 4), output="png")  # type: ignore[arg-type]
+
+
+def test_tokens_keep_their_indices_when_moved_and_copied(make_tokenizer: Make, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(bottleneck="fsq")
+    size = tokenizer.config.image_size
+    tokens = tokenizer.encode(torch.zeros(2, 3, size, size), None)
+    for other in (tokens.to(torch.float64), tokens.cpu(), copy.deepcopy(tokens)):
+        assert torch.equal(other.indices, tokens.indices) and other.indices.dtype == torch.int64
+    assert tokens.to(torch.float64).dtype == torch.float64
+    assert tokens[0:1].indices is None or not isinstance(tokens[0:1].indices, torch.Tensor)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    assert torch.equal(torch.load(tmp_path / "tokens.pt", weights_only=True), tokens.mode())
+
+
+def test_precomputed_features_with_nan_at_a_real_token_are_refused(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    size, dim = tokenizer.config.image_size, tokenizer.config.text_dim
+    features, mask = torch.zeros(1, 3, dim), torch.ones(1, 3, dtype=torch.bool)
+    features[0, 1, 0] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        tokenizer.encode(torch.zeros(1, 3, size, size), (features, mask))
+    with pytest.raises(InputError, match="float"):
+        tokenizer.encode(torch.zeros(1, 3, size, size), (torch.zeros(1, 3, dim, dtype=torch.int64), mask))

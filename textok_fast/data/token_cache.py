@@ -165,15 +165,20 @@ class TokenDataset(Dataset[dict[str, Any]]):
         for path in shard_paths(directory):
             try:
                 with safe_open(path, "pt") as shard:
-                    metadata = shard.metadata()
+                    metadata = shard.metadata() or {}
                     self.captions += json.loads(metadata["captions"])
                     self.keys += json.loads(metadata["keys"])
                     for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                         parts.setdefault(name, []).append(shard.get_tensor(name))
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
+            except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
                 raise InputError(f"cannot read the token shard {path}: {error}; remove it and encode again") from None
-        tensors = {name: torch.cat(values) for name, values in parts.items()}
-        self.tokens, self.labels, self.indices = tensors["tokens"], tensors["labels"], tensors.get("indices")
+        try:
+            tensors = {name: torch.cat(values) for name, values in parts.items()}
+            self.tokens, self.labels, self.indices = tensors["tokens"], tensors["labels"], tensors.get("indices")
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"the token shards in {directory} do not fit together ({error}); encode again") from None
+        if not len(self.tokens) == len(self.labels) == len(self.keys) == len(self.captions):
+            raise InputError(f"the token shards in {directory} have not as many keys as tokens; encode again")
 
     def __len__(self) -> int:
         return len(self.tokens)

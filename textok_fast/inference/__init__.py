@@ -4,8 +4,16 @@ from textok_fast.inference.pipelines import (
     ClassToImagePipeline,
     GenerationOutput,
     GenerationPipeline,
+    SamplingOptions,
     TextToImagePipeline,
     load_pipeline,
 )
 
-__all__ = ["ClassToImagePipeline", "GenerationOutput", "GenerationPipeline", "TextToImagePipeline", "load_pipeline"]
+__all__ = [
+    "ClassToImagePipeline",
+    "GenerationOutput",
+    "GenerationPipeline",
+    "SamplingOptions",
+    "TextToImagePipeline",
+    "load_pipeline",
+]

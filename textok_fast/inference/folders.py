@@ -63,7 +63,8 @@ def encode_folder(
         raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
     config = DataConfig(source="webdataset" if is_shards else "folder", path=images, image_size=tokenizer.config.image_size)
     dataset = load_dataset(config, "all")
-    identity = token_identity(tokenizer, to_dict(config))
+    # The data are known by their content, however their folder is spelled today.
+    identity = token_identity(tokenizer, {**to_dict(config), "path": ""})
     encode = encode_function(tokenizer)
     if format == "safetensors":
         reused = write_token_shards(
@@ -226,8 +227,8 @@ def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[st
     """What an interrupted run listed, up to the first picture that is gone, and its tokens: one tensor, or none."""
     file = out / "samples.json"
     if not file.exists():
-        if (out / "00000.png").exists():
-            raise InputError(f"{out} holds pictures that `textok-fast sample` did not make; choose another --out")
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} holds files that `textok-fast sample` did not make; choose another --out")
         return [], []
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -319,6 +320,8 @@ def _read_tar_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:
                         captions.append(data.decode())
                     elif member.name.endswith(".npy") and not member.name.endswith(".indices.npy"):
                         values.append(torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)))
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise InputError(f"cannot read the token shard {path}: {error}; remove it and encode again") from None
+    if not len(values) == len(keys) > 0 or len({value.shape for value in values}) != 1:
+        raise InputError(f"the token shards in {directory} are empty or do not fit together; encode again")
     return keys, captions, torch.stack(values)  # (B, N, d)

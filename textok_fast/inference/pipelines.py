@@ -145,7 +145,7 @@ class TextToImagePipeline(GenerationPipeline):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise InputError("give at least one prompt, each a non-empty string")
-        text = self.tokenizer.text_features(prompts, len(prompts))
+        text = self.tokenizer.text_features(prompts, len(prompts)) if self.generator.config.text_dim else None
         return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, progress)
 
 

@@ -36,8 +36,12 @@ def load_dit(state: dict[str, Tensor], heads: int | None = None, learn_sigma: bo
             for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
                 # The peer writes a patch as row, column, channel; ours is channel, row, column, as in the embedding.
                 state[key] = state[key].unflatten(0, (p, p, c_out)).movedim(2, 0).flatten(0, 2)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"this is not a DiT state dict: {error.args[0]} is missing") from None
+    except (ValueError, IndexError) as error:
+        raise InputError(f"this is not a DiT state dict: {error}") from None
     found = config["out_channels"] == 2 * config["in_channels"]
     if learn_sigma is not None and learn_sigma != found:
         raise InputError(f"learn_sigma={learn_sigma}, but the final layer has {config['out_channels']} channels")

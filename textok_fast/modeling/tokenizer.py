@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,11 +93,12 @@ def join_text(x: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor | None
 class Tokens(Tensor):
     """What :meth:`TexTok.encode` returns: a (B, N, d) tensor that also carries what its bottleneck knows.
 
-    ``indices`` (B, N) int64 for VQ and FSQ, else None. Arithmetic and indexing give plain tensors.
+    ``indices`` (B, N) int64 for VQ and FSQ, else None. ``to``, ``cpu``, ``cuda`` and copies keep all of it; arithmetic and
+    indexing give plain values (``indices`` None), and so does ``torch.save``.
     """
 
-    indices: Tensor | None  # type: ignore[assignment]
-    _posterior: tuple[Tensor, Tensor] | None
+    indices: Tensor | None = None  # type: ignore[assignment]
+    _posterior: tuple[Tensor, Tensor] | None = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -106,6 +108,24 @@ class Tokens(Tensor):
         tokens = values.detach().as_subclass(Tokens)
         tokens.indices, tokens._posterior = indices, posterior
         return tokens
+
+    def to(self, *args: Any, **kwargs: Any) -> Tokens:
+        """As ``Tensor.to``; the indices follow to the device and stay int64."""
+        values = self.as_subclass(Tensor).to(*args, **kwargs)
+        posterior = self._posterior and (self._posterior[0].to(*args, **kwargs), self._posterior[1].to(*args, **kwargs))
+        return Tokens.wrap(values, None if self.indices is None else self.indices.to(values.device), posterior)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tokens:
+        return self.to("cpu")
+
+    def cuda(self, device: Any = "cuda", *args: Any, **kwargs: Any) -> Tokens:
+        return self.to(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokens:
+        return Tokens.wrap(self.as_subclass(Tensor).clone(), copy.deepcopy(self.indices), copy.deepcopy(self._posterior))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def mode(self) -> Tensor:  # type: ignore[override]
         """The most likely tokens (B, N, d): the posterior's mean for KL, the tokens themselves otherwise."""
@@ -267,6 +287,8 @@ class TexTok(PretrainedMixin, nn.Module):
                 )
             if not features.shape[1]:
                 return None
+            if not features.is_floating_point() or not bool(torch.isfinite(features[mask.to(features.device)]).all()):
+                raise InputError(f"text features must be float, without NaN or infinity at real tokens; got {features.dtype}")
             return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
         captions = [captions] if isinstance(captions, str) else list(captions)
         if len(captions) != batch:
