@@ -338,7 +338,8 @@ def test_a_bug_keeps_its_traceback(run: Callable[..., Result], monkeypatch: pyte
 def test_info(run: Callable[..., Result]) -> None:
     found = json.loads(run("info", "--json").out)
     assert found["textok_fast"] == __version__
-    assert found["libraries"]["torch"] == torch.__version__
+    # The metadata of PyPI's CUDA build leave the local part (+cu130) out.
+    assert found["libraries"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"machine", "native", "extras", "cache"} <= set(found)
     assert f"textok-fast {__version__}" in run("info").out
 
