@@ -1,34 +1,301 @@
-"""LayerNorm joined to the modulation around it (adaLN, Peebles & Xie 2023)."""
+"""LayerNorm joined to what stands around it: adaLN's modulation, the gated residual before it, an affine transformation.
+
+Backends: ``native`` (csrc: CPU in float32 and bfloat16, CUDA), ``triton`` (any float dtypes), ``reference``.
+"""
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textok_fast.errors import InputError
+from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
+from textok_fast.ops.fp8 import RowScaled, quantize_rows_reference
+from textok_fast.ops.library import define, has_native, has_native_cuda, interpreting, library
 
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, the norm without weight or bias.
+# -- references --------------------------------------------------------------------------------------------------------------
 
-    Args:
-        x: (B, N, D), float.
-        shift, scale: (B, D), one row a sample.
 
-    Returns: (B, N, D), same dtype as ``x``.
-    """
-    normalized = F.layer_norm(x, (x.shape[-1],), eps=eps)
+def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """:func:`layer_norm_modulate` in PyTorch."""
+    normalized = F.layer_norm(x, (x.shape[-1],), eps=eps)  # (B, N, D)
     return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def gated_residual_layer_norm_modulate(
+def gated_residual_layer_norm_modulate_reference(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
+    """:func:`gated_residual_layer_norm_modulate` in PyTorch."""
+    residual = x + gate.unsqueeze(1) * branch  # (B, N, D)
+    return residual, layer_norm_modulate_reference(residual, shift, scale, eps)
+
+
+def residual_layer_norm_reference(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """:func:`residual_layer_norm` in PyTorch."""
+    residual = x + branch  # (B, N, D)
+    return residual, F.layer_norm(residual, (x.shape[-1],), weight, bias, eps)
+
+
+# -- public functions --------------------------------------------------------------------------------------------------------
+
+
+@overload
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[False] = False
+) -> Tensor: ...
+@overload
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[True]) -> RowScaled: ...
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: bool = False) -> Tensor | RowScaled:
+    """LayerNorm(x) * (1 + scale) + shift, the norm without weight or bias (adaLN, Peebles & Xie 2023).
+
+    Args:
+        x: (B, N, D), float; rows may lie anywhere, a row's numbers next to each other.
+        shift, scale: (B, D), one row a sample, read in place: views of a chunk or of a table's row.
+        fp8: quantize each row for an FP8 product. Without gradient.
+
+    Returns: (B, N, D) in ``x``'s dtype; with ``fp8`` :class:`RowScaled` of (B, N, D) and (B, N).
+    Raises: InputError for shapes that do not belong together.
+    """
+    _check(x, shift=shift, scale=scale)
+    if fp8:
+        backend = choose("layer_norm_modulate_fp8", x, shift, scale)
+        if backend == REFERENCE:
+            return quantize_rows_reference(layer_norm_modulate_reference(x, shift, scale, eps).detach())
+        return RowScaled(*library(backend).layer_norm_modulate_fp8(x, shift, scale, eps))
+    backend = choose("layer_norm_modulate", x, shift, scale)
+    if backend == REFERENCE:
+        return layer_norm_modulate_reference(x, shift, scale, eps)
+    return library(backend).layer_norm_modulate(x, shift, scale, eps)
+
+
+@overload
+def gated_residual_layer_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[False] = False
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gated_residual_layer_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[True]
+) -> tuple[Tensor, RowScaled]: ...
+def gated_residual_layer_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: bool = False
+) -> tuple[Tensor, Tensor | RowScaled]:
     """r = x + gate * branch;  h = LayerNorm(r) * (1 + scale) + shift.  Returns (r, h).
 
     Args:
         x, branch: (B, N, D), float.
-        gate, shift, scale: (B, D), one row a sample.
+        gate, shift, scale: (B, D), one row a sample, read in place.
+        fp8: quantize each row of h for an FP8 product. Without gradient.
 
-    Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D).
+    Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D), which with ``fp8`` is
+        :class:`RowScaled` of (B, N, D) and (B, N).
+    Raises: InputError for shapes that do not belong together.
     """
-    residual = x + gate.unsqueeze(1) * branch
-    return residual, layer_norm_modulate(residual, shift, scale, eps)
+    _check(x, branch, gate=gate, shift=shift, scale=scale)
+    if fp8:
+        backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, gate, shift, scale)
+        if backend == REFERENCE:
+            residual, hidden = gated_residual_layer_norm_modulate_reference(x, branch, gate, shift, scale, eps)
+            return residual.detach(), quantize_rows_reference(hidden.detach())
+        fused = library(backend).gated_residual_layer_norm_modulate_fp8
+        residual, values, scales = fused(x, branch, gate, shift, scale, 1.0, eps)
+        return residual, RowScaled(values, scales)
+    backend = choose("gated_residual_layer_norm_modulate", x, branch, gate, shift, scale)
+    if backend == REFERENCE:
+        return gated_residual_layer_norm_modulate_reference(x, branch, gate, shift, scale, eps)
+    return library(backend).gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, 1.0, eps)
+
+
+@overload
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: Literal[False] = False
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: Literal[True]
+) -> tuple[Tensor, RowScaled]: ...
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: bool = False
+) -> tuple[Tensor, Tensor | RowScaled]:
+    """r = x + branch;  h = LayerNorm(r) * weight + bias, of a pre-norm ViT block (Dosovitskiy et al. 2021).  Returns (r, h).
+
+    The kernels of :func:`gated_residual_layer_norm_modulate` without a gate, one row of modulation for all samples.
+
+    Args:
+        x, branch: (B, N, D), float.
+        weight, bias: (D,).
+        fp8: quantize each row of h for an FP8 product. Without gradient.
+
+    Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D), which with ``fp8`` is
+        :class:`RowScaled` of (B, N, D) and (B, N).
+    Raises: InputError for shapes that do not belong together.
+    """
+    _check(x, branch)
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise InputError(f"weight and bias must be ({x.shape[-1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    scale, shift = weight.expand(x.shape[0], -1), bias.expand(x.shape[0], -1)  # (B, D), the batch's stride is 0
+    if fp8:
+        backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, None, shift, scale)
+        if backend == REFERENCE:
+            residual, hidden = residual_layer_norm_reference(x, branch, weight, bias, eps)
+            return residual.detach(), quantize_rows_reference(hidden.detach())
+        fused = library(backend).gated_residual_layer_norm_modulate_fp8
+        residual, values, scales = fused(x, branch, None, shift, scale, 0.0, eps)
+        return residual, RowScaled(values, scales)
+    backend = choose("gated_residual_layer_norm_modulate", x, branch, None, shift, scale)
+    if backend == REFERENCE:
+        return residual_layer_norm_reference(x, branch, weight, bias, eps)
+    return library(backend).gated_residual_layer_norm_modulate(x, branch, None, shift, scale, 0.0, eps)
+
+
+def _check(x: Tensor, branch: Tensor | None = None, **rows: Tensor) -> None:
+    if x.ndim != 3:
+        raise InputError(f"x must be (B, N, D), got {tuple(x.shape)}")
+    if branch is not None and branch.shape != x.shape:
+        raise InputError(f"branch must have the shape of x, {tuple(x.shape)}, got {tuple(branch.shape)}")
+    for name, row in rows.items():
+        if row.shape != (x.shape[0], x.shape[2]):
+            raise InputError(f"{name} must be (B, D) = {(x.shape[0], x.shape[2])}, got {tuple(row.shape)}")
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------------
+
+
+def _native_rule(x: Tensor, *others: Tensor | None) -> str:
+    if not has_native("gated_residual_layer_norm_modulate"):
+        return "the native library is not loaded"
+    if not (x.is_cpu or (x.is_cuda and has_native_cuda())):
+        return f"no native code for {x.device.type}"
+    given = [tensor for tensor in others if tensor is not None]
+    if x.dtype not in (torch.float32, torch.bfloat16) or any(tensor.dtype != x.dtype for tensor in given):
+        return f"it takes float32 or bfloat16, all the same, got {describe(x)} with {[str(t.dtype) for t in given]}"
+    return "" if one_device(x, *given) else "the tensors lie on different devices"
+
+
+def _triton_rule(x: Tensor, *others: Tensor | None) -> str:
+    if not (x.is_cuda or (x.is_cpu and interpreting())):
+        return f"no Triton on {x.device.type}"
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return f"it takes float32, bfloat16 and float16, got {describe(x)}"
+    if any(t is not None and torch.promote_types(t.dtype, x.dtype) != x.dtype for t in others):
+        return f"x must be of the widest dtype, got {describe(x)} with {[str(t.dtype) for t in others if t is not None]}"
+    if x.shape[-1] > 8192:
+        return f"a row must fit one program, D <= 8,192, got {x.shape[-1]}"
+    return "" if one_device(x, *others) else "the tensors lie on different devices"
+
+
+def _triton_fp8_rule(x: Tensor, *others: Tensor | None) -> str:
+    if needs_gradient(x, *others):
+        return "an FP8 result has no gradient; call it under torch.no_grad()"
+    return _triton_rule(x, *others)
+
+
+def _on_gpu(x: Tensor, *others: Tensor | None) -> str:
+    return "" if x.is_cuda else "interpreted kernels only check numbers"
+
+
+for _name in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
+    register(_name, "native", _native_rule)
+    register(_name, "triton", _triton_rule, default=_on_gpu)
+    register(f"{_name}_fp8", "triton", _triton_fp8_rule, default=_on_gpu)
+
+
+# -- torch.library -----------------------------------------------------------------------------------------------------------
+
+
+def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _backward(namespace: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale = ctx.saved_tensors
+    dx, dshift, dscale = namespace.layer_norm_modulate_backward(grad, x, scale, ctx.eps)
+    return dx, dshift, dscale, None
+
+
+def _fake_gated(
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, offset: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_gated_fp8(
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, offset: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, scales = _fake_fp8(x, shift, scale, eps)
+    return x.new_empty(x.shape), values, scales
+
+
+def _fake_gated_backward(
+    grad_residual: Tensor,
+    grad: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    offset: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Without a gate the branch's gradient is the residual's, so nothing is written for it.
+    dbranch = branch.new_empty((0,) if gate is None else branch.shape)
+    dgate = scale.new_empty((0,)) if gate is None else gate.new_empty(gate.shape)
+    return residual.new_empty(residual.shape), dbranch, dgate, scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gate, _, scale, ctx.offset, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch, gate, scale)
+
+
+def _backward_gated(namespace: Any, ctx: Any, grad_residual: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    residual, branch, gate, scale = ctx.saved_tensors
+    dx, dbranch, dgate, dshift, dscale = namespace.gated_residual_layer_norm_modulate_backward(
+        grad_residual, grad, residual, branch, gate, scale, ctx.offset, ctx.eps
+    )
+    if gate is None:
+        return dx, dx, None, dshift, dscale, None, None
+    return dx, dbranch, dgate, dshift, dscale, None, None
+
+
+define("layer_norm_modulate", "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor", _fake, _save, _backward)
+define(
+    "layer_norm_modulate_backward",
+    "(Tensor grad, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+define("layer_norm_modulate_fp8", "(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)", _fake_fp8)
+define(
+    "gated_residual_layer_norm_modulate",
+    "(Tensor x, Tensor branch, Tensor? gate, Tensor shift, Tensor scale, float offset, float eps) -> (Tensor, Tensor)",
+    _fake_gated,
+    _save_gated,
+    _backward_gated,
+)
+define(
+    "gated_residual_layer_norm_modulate_backward",
+    "(Tensor grad_residual, Tensor grad, Tensor residual, Tensor branch, Tensor? gate, Tensor scale, float offset, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_gated_backward,
+)
+define(
+    "gated_residual_layer_norm_modulate_fp8",
+    "(Tensor x, Tensor branch, Tensor? gate, Tensor shift, Tensor scale, float offset, float eps) -> (Tensor, Tensor, Tensor)",
+    _fake_gated_fp8,
+)
