@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
+
 from textok_fast.config import DataConfig, OptimConfig, RunConfig, TexTokConfig, TokenizerTrainConfig
 from textok_fast.modeling.text_encoders import TextFeatures, pad_features
 from textok_fast.modeling.tokenizer import TexTok

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: chosen from device, dtype and shape, or forced.
 
-Every operation registers rules, best first; the first that takes the inputs runs, and ``reference`` (PyTorch) takes all. A choice
-is forced by the environment variable ``TEXTOK_OPS`` when the process starts, or by :func:`use_backend`:
+Every operation registers rules, best first; the first that takes the inputs runs, and ``reference`` (PyTorch) takes all.
+The environment variable ``TEXTOK_OPS``, read when the process starts, and :func:`use_backend` force a choice:
 
 - one name, ``TEXTOK_OPS=reference``: that backend wherever an operation has it and it takes the inputs, else the usual choice;
 - ``TEXTOK_OPS=attention=sdpa,vq_nearest=reference``: these operations strictly; inputs the backend does not take are an error.
