@@ -1,32 +1,133 @@
 #!/usr/bin/env bash
-# A whole GPU session in one call: installs from the tree, runs the gpu-marked tests, then every benchmark; one JSON and one log
-# for each part under $OUT (default: benchmarks/results/local). A part that fails does not stop the next; the last lines say how
-# each one ended. Needs a Python with a CUDA torch of 2.11 or later; nothing is downloaded.
+# A GPU session in one call: builds the native library, runs the gpu-marked tests, compiles every kernel ahead of time, runs the
+# benchmarks. A part that fails or runs out of time does not stop the next. Under $OUT: results.json with all that was measured,
+# table.md, log.txt with what each part printed. Needs a Python with a CUDA torch of 2.11 or later; nothing is downloaded.
+#
+#   bash benchmarks/on_gpu.sh                                                everything, each part within its own limit
+#   LIMIT=580 PARTS="build info report tests" bash benchmarks/on_gpu.sh      where a call may take no longer than LIMIT seconds
+#   LIMIT=580 PARTS="build ops attention dit" bash benchmarks/on_gpu.sh
+#   LIMIT=580 PARTS="build linear fp8 speedup" bash benchmarks/on_gpu.sh
+#   PARTS="autotune" bash benchmarks/on_gpu.sh                               torch.compile max-autotune beside them, an hour
+#
+# Environment: OUT (default benchmarks/results/local), PYTHON, PARTS, LIMIT (seconds for the whole call), ROUNDS, SMOKE=1 (tiny
+# shapes, to see that it runs), ARCHITECTURES (CMake's list for the CUDA part; default the present GPU's, "all" for the release's),
+# WHEELS (a folder of wheels that the machine lacks, default .whl), JOBS (processes for tests and compilation), COMMIT (of a tree
+# without .git).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+shopt -s nullglob
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+export PYTHONUNBUFFERED=1
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT"
-summary=()
+PARTS=${PARTS:-build info report tests ops attention linear fp8 dit speedup}
+LIMIT=${LIMIT:-86400}
+ROUNDS=${ROUNDS:-15}
+WHEELS=${WHEELS:-.whl}
+JOBS=${JOBS:-$(($(nproc) < 8 ? $(nproc) : 8))}
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+: >"$OUT/log.txt"
+ended=()
+
+if compgen -G "$WHEELS/*.whl" >/dev/null; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$WHEELS"/*.whl
+  export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the tree itself: nothing has to be installed
+
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+on_cuda() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
 part() { # NAME SECONDS COMMAND...
-  local name=$1 limit=$2
+  local name=$1 limit=$2 left=$((LIMIT - SECONDS - 25)) began=$SECONDS status how
   shift 2
-  echo "== $name: $*"
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
-  local status=$?
-  tail -n 15 "$OUT/$name.log"
-  summary+=("$(printf '%-20s %s' "$name" "$([ $status -eq 0 ] && echo ok || echo "failed ($status), see $name.log")")")
+  ((left < limit)) && limit=$left
+  if ((limit < 5)); then
+    how="not started: the time of this call is up"
+  else
+    echo "== $name (at most $limit s)"
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$work/$name.log" 2>&1
+    status=$?
+    case $status in
+      0) how=ok ;;
+      124 | 137) how="stopped after $limit s" ;;
+      *) how="failed ($status)" ;;
+    esac
+    { printf '\n== %s: %s\n' "$name" "$how"; cat "$work/$name.log"; } >>"$OUT/log.txt"
+    tail -n 12 "$work/$name.log" | cut -c -200
+  fi
+  echo "== $name: $how, $((SECONDS - began)) s"
+  ended+=(--part "$name:$((SECONDS - began)):$how")
+  # After each part: what was measured must be there even if the whole call is killed.
+  "$PYTHON" benchmarks/summary.py "$work"/*.json --merge "$OUT/results.json" --commit "${COMMIT:-}" "${ended[@]}" \
+    >"$OUT/table.md" 2>>"$OUT/log.txt"
 }
 
-# No dependencies: what the machine lacks is reported by the parts that need it.
-part install 300 "$PYTHON" -m pip install --no-build-isolation --no-deps --quiet --editable .
-part info 60 "$PYTHON" -m textok_fast info
-part tests 300 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
-part speedup-bf16 420 "$PYTHON" -m textok_fast bench speedup --size XL --tokens 32 64 128 256 1024 4096 --batch 1 8 64 \
-  --dtype bf16 --guidance --device cuda --time-budget 300 --out "$OUT/speedup-bf16.json"
-part speedup-fp32 300 "$PYTHON" -m textok_fast bench speedup --size XL --tokens 32 1024 4096 --batch 1 8 \
-  --dtype fp32 --guidance --device cuda --time-budget 180 --out "$OUT/speedup-fp32.json"
+# CMake by hand rather than pip: an unchanged source is not compiled again, and the present GPU's code is enough.
+build() {
+  local torch_dir architectures=${ARCHITECTURES:-} cuda=OFF options=()
+  torch_dir=$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') || return
+  if command -v "${CUDACXX:-nvcc}" >/dev/null && on_cuda; then
+    cuda=ON
+    [ -n "$architectures" ] || architectures=$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}{chr(97) if (major, minor) == (9, 0) else str()}-real")')
+  fi
+  [ "$architectures" = all ] && architectures=
+  command -v ninja >/dev/null && options=(-G Ninja)
+  cmake -S . -B build/on-gpu "${options[@]}" -DCMAKE_BUILD_TYPE=Release "-DTEXTOK_TORCH_DIR=$torch_dir" \
+    "-DTEXTOK_CUDA=$cuda" "-DTEXTOK_CUDA_ARCHITECTURES=$architectures" &&
+    cmake --build build/on-gpu --parallel "$JOBS" &&
+    cp build/on-gpu/libtextok_fast.so textok_fast/.libtextok_fast.new &&
+    mv textok_fast/.libtextok_fast.new textok_fast/libtextok_fast.so &&
+    "$PYTHON" -m textok_fast info
+}
+export -f build on_cuda
+export PYTHON JOBS
 
-printf '\n== summary (%s)\n' "$OUT"
-printf '%s\n' "${summary[@]}"
+benchmark() { # NAME SECONDS FILE EXPRESSION OPTIONS...
+  local name=$1 limit=$2 file=$3 expression=$4
+  shift 4
+  part "$name" "$limit" "$PYTHON" -m pytest -q -p no:cacheprovider "$file" -k "$expression" --rounds "$ROUNDS" \
+    --benchmark-columns=median,iqr,rounds --benchmark-json "$work/$name.json" ${SMOKE:+--smoke} "$@"
+}
+
+speedup() { # DTYPE SECONDS BUDGET OPTIONS...
+  local dtype=$1 limit=$2 budget=$3
+  shift 3
+  part "speedup-$dtype" "$limit" "$PYTHON" -m textok_fast bench speedup --dtype "$dtype" --guidance --device "$device" \
+    --time-budget "$budget" --out "$work/speedup-$dtype.json" "$@"
+}
+
+for wanted in $PARTS; do
+  case $wanted in
+    build) part build 400 bash -c build ;;
+    info) part info 60 "$PYTHON" -m textok_fast info ;;
+    report) part report 300 "$PYTHON" -m textok_fast.ops.report --json "$work/report.json" --jobs "$JOBS" --cuda \
+      --arch "$(on_cuda && echo present || echo sm_90)" ;;
+    tests) part tests 500 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests $(has xdist && echo "-n $JOBS") ;;
+    ops) benchmark ops 500 benchmarks/test_ops.py "not attention and not linear" ;;
+    attention) benchmark attention 300 benchmarks/test_ops.py short_attention ;;
+    linear) benchmark linear 200 benchmarks/test_ops.py linear_gelu ;;
+    fp8) benchmark fp8 400 benchmarks/test_ops.py fp8_linear ;;
+    dit) benchmark dit 300 benchmarks/test_dit_step.py operations ;;
+    autotune) benchmark autotune 7200 benchmarks/test_ops.py "not attention and not backward" --max-autotune ;;
+    speedup)
+      device=$(on_cuda && echo cuda || echo cpu)
+      if [ -n "${SMOKE:-}" ]; then
+        speedup fp32 60 5 --size tiny --tokens 32 64 --batch 1
+      else
+        speedup bf16 420 240 --size XL --tokens 32 64 128 256 1024 4096 --batch 1 8 64
+        speedup fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
+      fi
+      ;;
+    *) echo "unknown part: $wanted" >&2; ended+=(--part "$wanted:0:unknown") ;;
+  esac
+done
+
+printf '\n== %s\n' "$OUT"
+cat "$OUT/table.md"
+case " ${ended[*]} " in *:failed* | *:stopped* | *:"not started"* | *:unknown*) exit 1 ;; esac

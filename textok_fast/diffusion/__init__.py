@@ -18,6 +18,7 @@ from textok_fast.diffusion.samplers import (
     sample_heun,
 )
 from textok_fast.diffusion.schedule import betas_for, respaced_timesteps
+from textok_fast.diffusion.step_table import StepTable, step_table
 from textok_fast.diffusion.tensors import ModelFn, channel_dim
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ModelFn",
     "Objective",
     "Process",
+    "StepTable",
     "betas_for",
     "build_process",
     "channel_dim",
@@ -47,4 +49,5 @@ __all__ = [
     "sample_euler",
     "sample_heun",
     "step_generators",
+    "step_table",
 ]

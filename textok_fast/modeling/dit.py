@@ -6,11 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from textok_fast import ops
 from textok_fast.config import DiTConfig
 from textok_fast.errors import InputError
-from textok_fast.modeling.layers import Attention, CrossAttention, Mlp, TextProjection, TextTokens
+from textok_fast.modeling.layers import Attention, CrossAttention, Mlp, TextProjection, TextTokens, add_and_norm
 from textok_fast.modeling.saving import PretrainedMixin
 from textok_fast.modeling.text_encoders import TextFeatures
 
@@ -52,32 +53,41 @@ class DiTBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if cross else None
         self.cross_attn = CrossAttention(width, heads) if cross else None
 
-    def forward(self, x: Tensor, c: Tensor, text: TextTokens | None = None) -> Tensor:
-        """x (B, N, D), condition c (B, D) -> (B, N, D)."""
-        modulation = self.adaLN_modulation(c)  # (B, 6 D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
-        branch = self.attn(ops.layer_norm_modulate(x, shift1, scale1))  # (B, N, D)
+    def forward(
+        self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One block, from one modulated LayerNorm to the next.
+
+        Args:
+            x: residual stream (B, N, D).
+            hidden: its LayerNorm, modulated with this block's first shift and scale, (B, N, D).
+            modulation: (B, 6 D): shift, scale and gate of the attention, then of the MLP.
+            following: shift and scale, each (B, D), of what comes next: another block or the final layer.
+
+        Returns: x after this block, and its LayerNorm modulated with ``following``.
+        """
+        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
+        branch = self.attn(hidden)  # (B, N, D)
         if self.cross_attn is None or self.cross_norm is None or text is None:
             x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, gate1, shift2, scale2)
         else:
-            x = x + gate1.unsqueeze(1) * branch
-            x = x + self.cross_attn(self.cross_norm(x), text.tokens, text.mask)
-            hidden = ops.layer_norm_modulate(x, shift2, scale2)
-        return x + gate2.unsqueeze(1) * self.mlp(hidden)
+            x, hidden = add_and_norm(x, branch, self.cross_norm, gate1)
+            branch = self.cross_attn(hidden, text.tokens, text.mask)
+            x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, None, shift2, scale2)
+        return ops.gated_residual_layer_norm_modulate(x, self.mlp(hidden), gate2, *following)
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the projection to p * p * C_out numbers a token."""
+    """The projection to p * p * C_out numbers a token; ``adaLN_modulation`` modulates the LayerNorm before it."""
 
     def __init__(self, width: int, out_dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, N, D), condition c (B, D) -> (B, N, out_dim)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (B, D)
-        return self.linear(ops.layer_norm_modulate(x, shift, scale))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Modulated LayerNorm (B, N, D) -> (B, N, out_dim)."""
+        return self.linear(hidden)
 
 
 class DiT(PretrainedMixin, nn.Module):
@@ -134,9 +144,12 @@ class DiT(PretrainedMixin, nn.Module):
         tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
         if self.image_embedder is not None and image_tokens is not None:
             h = torch.cat([h, self.image_embedder(image_tokens) + self.image_positions], dim=1)  # (B, N + M, D)
-        for block in self.blocks:
-            h = block(h, c, tokens)
-        out = self.final_layer(h[:, : patches.shape[1]], c)  # (B, N, C_out p p)
+        modulation = self.modulation(c)
+        first = [part.chunk(6, dim=1)[:2] for part in modulation[:-1]] + [modulation[-1].chunk(2, dim=1)]  # shift and scale
+        hidden = ops.layer_norm_modulate(h, *first[0])  # (B, N + M, D)
+        for index, block in enumerate(self.blocks):
+            h, hidden = block(h, hidden, modulation[index], first[index + 1], tokens)
+        out = self.final_layer(hidden[:, : patches.shape[1]])  # (B, N, C_out p p)
         return ops.unpatchify(out, self.config.patch_size, self.config.out_channels) if self.config.input_size else out
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -146,6 +159,12 @@ class DiT(PretrainedMixin, nn.Module):
             return c
         labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64) if y is None else y
         return c + self.y_embedder(labels)
+
+    def modulation(self, c: Tensor) -> list[Tensor]:
+        """Every block's shift, scale and gate (B, 6 D), and last the final layer's shift and scale (B, 2 D)."""
+        activated = F.silu(c)  # (B, D), what every adaLN_modulation begins with
+        layers = [*self.blocks, self.final_layer]
+        return [layer.adaLN_modulation[1](activated) for layer in layers]  # type: ignore[index,operator,union-attr]
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | None, text: TextFeatures | None, image_tokens: Tensor | None) -> None:
         config = self.config

@@ -23,15 +23,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """x (B, N, D), mask (B, N) bool over keys -> (B, N, D), or only the ``rows`` of it (B, N_rows, D)."""
-        width = x.shape[-1]
         if rows is None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
-        else:
-            # Rows that nobody reads need keys and values, but no query.
-            q = F.linear(x[:, rows], self.qkv.weight[:width], self.qkv.bias[:width])  # (B, N_rows, D)
-            q = q.unflatten(-1, (self.heads, -1))  # (B, N_rows, H, D / H)
-            kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])  # (B, N, 2 D)
-            k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
+            return self.proj(ops.short_attention(self.qkv(x), self.heads, mask))
+        # Rows that nobody reads need keys and values, but no query.
+        width = x.shape[-1]
+        q = F.linear(x[:, rows], self.qkv.weight[:width], self.qkv.bias[:width])  # (B, N_rows, D)
+        q = q.unflatten(-1, (self.heads, -1))  # (B, N_rows, H, D / H)
+        kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])  # (B, N, 2 D)
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
         return self.proj(ops.attention(q, k, v, mask))
 
 
@@ -58,15 +57,19 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate=approximate)
+        self.approximate = approximate
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate))
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block (Dosovitskiy et al. 2021): x + Attention(LN(x)), then x + MLP(LN(x))."""
+    """Pre-norm transformer block (Dosovitskiy et al. 2021): x + Attention(LN(x)), then x + MLP(LN(x)).
+
+    A residual sum and the LayerNorm after it are one operation, so a block is given its first LayerNorm's result, and ends with
+    the LayerNorm that follows it. :func:`run_blocks` strings them together.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float = 1e-5) -> None:
         super().__init__()
@@ -75,11 +78,28 @@ class ViTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D), or only the ``rows`` of it when the others are not needed."""
+    def forward(
+        self, x: Tensor, hidden: Tensor, following: nn.LayerNorm, mask: Tensor | None = None, rows: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them when others are not needed."""
         residual = x if rows is None else x[:, rows]
-        x = residual + self.attn(self.norm1(x), mask, rows)
-        return x + self.mlp(self.norm2(x))
+        x, hidden = add_and_norm(residual, self.attn(hidden, mask, rows), self.norm2)
+        return add_and_norm(x, self.mlp(hidden), following)
+
+
+def add_and_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + gate * branch and its LayerNorm, both (B, N, D); gate (B, D), or None for 1."""
+    return ops.gated_residual_layer_norm(x, branch, gate, norm.weight, norm.bias, norm.eps)
+
+
+def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+    """A whole ViT: x (B, N, D) -> norm(last block's x), only the ``rows`` of it, (B, N_rows, D)."""
+    following = [block.norm1 for block in blocks[1:]] + [norm]  # type: ignore[union-attr]
+    hidden = blocks[0].norm1(x)  # type: ignore[operator,union-attr]
+    for index, block in enumerate(blocks):
+        last = index == len(blocks) - 1
+        x, hidden = block(x, hidden, following[index], mask, rows if last else None)
+    return hidden
 
 
 class TextTokens(NamedTuple):

@@ -16,7 +16,7 @@ from textok_fast import ops
 from textok_fast.config import TexTokConfig
 from textok_fast.errors import InputError
 from textok_fast.modeling.bottlenecks import BottleneckOutput, build_bottleneck
-from textok_fast.modeling.layers import TextProjection, TextTokens, ViTBlock
+from textok_fast.modeling.layers import TextProjection, TextTokens, ViTBlock, run_blocks
 from textok_fast.modeling.saving import PretrainedMixin
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder
 
@@ -42,15 +42,16 @@ class Encoder(nn.Module):
         self.to_latents = nn.Linear(width, out_dim)
 
     def forward(self, pixels: Tensor, text: TextFeatures | None) -> Tensor:
-        """pixels (B, 3, S, S) in [-1, 1] -> (B, N, out_dim)."""
-        patches = self.patch_embed(ops.patchify(pixels, self.patch_size)) + self.patch_positions  # (B, hw, D)
+        """pixels (B, 3, S, S) in [-1, 1], or uint8 (B, S, S, 3) -> (B, N, out_dim)."""
+        if pixels.dtype == torch.uint8:
+            patches = ops.patchify_uint8(pixels, self.patch_size, self.patch_embed.weight.dtype)  # (B, hw, 3 p p)
+        else:
+            patches = ops.patchify(pixels, self.patch_size)  # (B, hw, 3 p p)
+        patches = self.patch_embed(patches) + self.patch_positions  # (B, hw, D)
         latents = self.latents.expand(pixels.shape[0], -1, -1)  # (B, N, D)
         tokens = None if self.text is None else self.text(text, pixels.shape[0])
         x, mask = join_text(torch.cat([patches, latents], dim=1), tokens)  # (B, hw + N + N_t, D)
-        for block in self.blocks[:-1]:
-            x = block(x, mask)
-        x = self.blocks[-1](x, mask, rows=self.latent_rows)  # (B, N, D)
-        return self.to_latents(self.norm(x))  # (B, N, out_dim)
+        return self.to_latents(run_blocks(self.blocks, self.norm, x, mask, self.latent_rows))  # (B, N, out_dim)
 
 
 class Decoder(nn.Module):
@@ -72,14 +73,15 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """latents (B, N, d) -> pixels (B, 3, S, S), not clamped."""
+        return ops.unpatchify(self.patches(latents, text), self.patch_size)  # (B, 3, S, S)
+
+    def patches(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
+        """latents (B, N, d) -> flat patches (B, hw, 3 p p), not clamped."""
         queries = self.queries.expand(latents.shape[0], -1, -1)  # (B, hw, D)
         embedded = self.from_latents(latents) + self.latent_positions  # (B, N, D)
         tokens = None if self.text is None else self.text(text, latents.shape[0])
         x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + N + N_t, D)
-        for block in self.blocks[:-1]:
-            x = block(x, mask)
-        x = self.blocks[-1](x, mask, rows=self.patch_rows)  # (B, hw, D)
-        return ops.unpatchify(self.to_pixels(self.norm(x)), self.patch_size)  # (B, 3, S, S)
+        return self.to_pixels(run_blocks(self.blocks, self.norm, x, mask, self.patch_rows))  # (B, hw, 3 p p)
 
 
 def join_text(x: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +211,7 @@ class TexTok(PretrainedMixin, nn.Module):
             ``.indices`` (B, N) int64 for VQ and FSQ.
         Raises: InputError (a ValueError) for a wrong shape, size, dtype, range or NaN.
         """
-        pixels = self.preprocess(images)
+        pixels = self._check_images(images)  # uint8 stays uint8: the encoder's first operation reads it
         text = self.text_features(captions, len(pixels)) if self.config.text_in_encoder else None
         out = self.bottleneck(self.encoder(pixels, text))
         posterior = None
@@ -232,8 +234,9 @@ class TexTok(PretrainedMixin, nn.Module):
             raise InputError(f"output must be 'float' or 'uint8', got {output!r}")
         latents = self._check_tokens(tokens)
         text = self.text_features(captions, len(latents)) if self.config.text_in_decoder else None
-        pixels = self.decoder(latents, text).clamp(-1.0, 1.0)
-        return pixels if output == "float" else to_uint8(pixels)
+        if output == "uint8":
+            return ops.unpatchify_uint8(self.decoder.patches(latents, text), self.config.patch_size)
+        return self.decoder(latents, text).clamp(-1.0, 1.0)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents (B, N, d) -> tokens: (latents - mean) / std of each channel."""
@@ -245,6 +248,11 @@ class TexTok(PretrainedMixin, nn.Module):
 
     def preprocess(self, images: Images) -> Tensor:
         """Any accepted form of pictures -> float (B, 3, S, S) in [-1, 1] on the model's device and in its dtype."""
+        pixels = self._check_images(images)
+        return from_uint8(pixels).to(self.dtype) if pixels.dtype == torch.uint8 else pixels
+
+    def _check_images(self, images: Images) -> Tensor:
+        """Pictures on the model's device: uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1] in its dtype."""
         size = self.config.image_size
         batch = as_image_tensor(images)
         if batch.dtype == torch.uint8:
@@ -253,7 +261,7 @@ class TexTok(PretrainedMixin, nn.Module):
                     f"uint8 images must have the shape (B, {size}, {size}, 3), got {tuple(batch.shape)}; "
                     "resize or crop them to the model's image_size first"
                 )
-            pixels = from_uint8(batch.to(self.device))
+            pixels = batch.to(self.device)
         elif batch.is_floating_point():
             if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, size, size):
                 raise InputError(f"float images must have the shape (B, 3, {size}, {size}), got {tuple(batch.shape)}")
@@ -262,11 +270,12 @@ class TexTok(PretrainedMixin, nn.Module):
                 low, high = (float(value) for value in torch.aminmax(pixels))
                 if not (low >= -1.001 and high <= 1.001):  # NaN fails both
                     raise InputError(f"float images must lie in [-1, 1] without NaN, got values from {low:.4g} to {high:.4g}")
+            pixels = pixels.to(self.dtype)
         else:
             raise InputError(f"images must be uint8 or float, got {batch.dtype}")
         if not len(pixels):
             raise InputError("got an empty batch of images")
-        return pixels.to(self.dtype)
+        return pixels
 
     def text_features(self, captions: Captions, batch: int) -> TextFeatures | None:
         """Any accepted form of captions -> features (B, N_t, D_t) with mask, or None for the null caption."""

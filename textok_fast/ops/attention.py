@@ -1,9 +1,63 @@
-"""Scaled dot-product attention over views of packed projections."""
+"""Scaled dot-product attention over views of packed projections.
+
+Backends: ``triton`` (short sequences), ``flash`` (the flash-attn package, generation 2, 3 or 4, where it is installed),
+``sdpa`` (torch's own, which takes everything), ``reference`` (the formula, in float32 or wider). Nothing falls back to the
+reference: what no other backend takes, and what is being exported, goes to ``sdpa``, which exporters know. The reference, when
+it is forced, is exported as products and a softmax.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from textok_fast.errors import InputError
+from textok_fast.ops import dispatch
+from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register, register_backend
+from textok_fast.ops.library import define, interpreting, library
+
+MAX_KEYS = 256  # what the Triton kernel takes
+MAX_HEAD_DIM = 128
+HALVES = (torch.bfloat16, torch.float16)
+
+# What is chosen without being forced. Nothing of it is measured yet: benchmarks/PENDING.md says how.
+TRITON_UP_TO = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 256}  # dtype -> keys up to which Triton is chosen
+FLASH_ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}  # major compute capability -> flash-attn's generation
+FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}  # each has flash_attn_func
+FLASH_OPERATORS = {2: "flash_attn", 3: "flash_attn_3"}  # torch.ops namespaces of those that torch.compile can trace
+
+# -- reference ---------------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`attention` as its formula, in float32 (float64 for float64)."""
+    q, k, v, dtype = *(_by_head(part) for part in (q, k, v)), q.dtype  # (B, H, N, D)
+    out = _weights(q, k, mask) @ v  # (B, H, N_q, D)
+    return out.transpose(1, 2).flatten(2).to(dtype)  # (B, N_q, H * D)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(B, N, H, D) -> (B, H, N, D), float32 or wider."""
+    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) (B, H, N_q, N_k); zeros for a query without any key, as torch's attention has it."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, N_q, N_k)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    return scores.softmax(dim=-1).masked_fill(~mask.any(dim=1)[:, None, None, None], 0)
+
+
+# -- public functions --------------------------------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -12,10 +66,181 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     Args:
         q: (B, N_q, H, D), float. A strided view, such as a slice of a packed projection, is read in place.
         k, v: (B, N_k, H, D), same dtype.
-        mask: (B, N_k) bool, True where a key may be attended to; None for all. A row of only False gives NaN.
+        mask: (B, N_k) bool, True where a key may be attended to; None for all. A row of only False gives zeros.
 
     Returns: (B, N_q, H * D), same dtype as ``q``.
+    Raises: InputError for shapes or dtypes that do not belong together.
     """
+    _check(q, k, v, mask)
+    backend = choose("attention", q, k, v, mask)
+    if backend == REFERENCE and not _reference_forced():
+        backend = "sdpa"  # the reference unforced is choose's answer to an exporter
+    if backend == "triton":
+        return library(backend).attention(q, k, v, mask)
+    if backend == "flash":
+        return _flash(q, k, v)
+    return _sdpa(q, k, v, mask) if backend == "sdpa" else attention_reference(q, k, v, mask)
+
+
+def short_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    """:func:`attention` of a sequence to itself, from its packed projection, which is read in place.
+
+    Args:
+        qkv: (B, N, 3, H, D) or (B, N, 3 * H * D), float: queries, keys and values of each row.
+        heads: H.
+        mask: (B, N) bool, True where a key may be attended to; None for all.
+        rows: the queries that are wanted; None for all.
+
+    Returns: (B, N, H * D), or (B, N_rows, H * D), same dtype as ``qkv``.
+    Raises: InputError for a ``qkv`` that is not packed so.
+    """
+    if qkv.ndim == 3 and heads > 0 and qkv.shape[2] % (3 * heads) == 0:
+        qkv = qkv.unflatten(-1, (3, heads, qkv.shape[2] // (3 * heads)))  # (B, N, 3, H, D)
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[3] != heads:
+        raise InputError(f"qkv must be (B, N, 3, {heads}, D) or (B, N, 3 * {heads} * D), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)  # each (B, N, H, D)
+    return attention(q if rows is None else q[:, rows], k, v, mask)
+
+
+def _reference_forced() -> bool:
+    forced = dispatch.forced()
+    return forced.get("attention", forced.get("*")) == REFERENCE
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if q.ndim != 4:
+        raise InputError(f"q must be (B, N_q, H, D), got {tuple(q.shape)}")
+    if k.ndim != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or v.shape != k.shape:
+        wanted = f"({q.shape[0]}, N_k, {q.shape[2]}, {q.shape[3]})"
+        raise InputError(f"k and v must be {wanted} like q, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InputError(f"q, k and v must be of one float dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
+        raise InputError(f"mask must be bool {tuple(k.shape[:2])}, one for each key, got {mask.dtype} {tuple(mask.shape)}")
+
+
+# -- torch's and the flash-attn package's ------------------------------------------------------------------------------------
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     key_mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, N_k)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=key_mask)
     return out.transpose(1, 2).flatten(2)  # (B, H, N_q, D) -> (B, N_q, H * D)
+
+
+_flash_functions: dict[int, Callable[..., Any]] = {}  # generation -> its flash_attn_func
+_flash_generations: dict[int, int] = {}  # device -> generation
+
+
+def load_flash() -> str:
+    """Loader of the backend "flash". Only looks for the package: it takes seconds to import, and may start CUDA."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    names = {name.partition(".")[0] for name in FLASH_MODULES.values()}
+    return "" if any(map(importlib.util.find_spec, names)) else "flash-attn is not installed"
+
+
+@torch.compiler.assume_constant_result
+def flash_generation(device: int) -> int:
+    """The generation of flash-attn that runs on a GPU: the first of ``FLASH_ORDER`` that can be imported; 0 for none."""
+    if device not in _flash_generations:
+        order = FLASH_ORDER.get(torch.cuda.get_device_capability(device)[0], ())
+        _flash_generations[device] = next(filter(_import_flash, order), 0)
+    return _flash_generations[device]
+
+
+def _import_flash(generation: int) -> bool:
+    if generation not in _flash_functions:
+        try:
+            # Generation 4 alone leaves a package flash_attn that is empty but for its cute.
+            _flash_functions[generation] = importlib.import_module(FLASH_MODULES[generation]).flash_attn_func
+        except Exception as error:  # one built for another torch fails with whatever its libraries raise
+            dispatch.logger.info("operations: no flash-attn %d here (%s)", generation, error)
+            return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def flash_compiles(generation: int) -> bool:
+    """Whether torch.compile can trace it: 4 never, 2 and 3 since they register their kernels with torch.library."""
+    return generation in FLASH_OPERATORS and hasattr(getattr(torch.ops, FLASH_OPERATORS[generation]), "_flash_attn_forward")
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # All take (B, N, H, D), scale by 1 / sqrt(D), and return that or a tuple that begins with it.
+    out = _flash_functions[flash_generation(q.device.index)](q, k, v)
+    return (out[0] if isinstance(out, tuple) else out).flatten(2)  # (B, N_q, H * D)
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------------
+
+
+def _triton_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    if not (q.is_cuda or (q.is_cpu and interpreting())):
+        return f"no Triton on {q.device.type}"
+    if q.dtype not in TRITON_UP_TO:
+        return f"it takes float32, bfloat16 and float16, got {describe(q)}"
+    if not 1 <= k.shape[1] <= MAX_KEYS or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        return f"it takes up to {MAX_KEYS} keys of up to {MAX_HEAD_DIM} channels, got {tuple(k.shape)}"
+    return "" if one_device(q, k, v, mask) else "the tensors lie on different devices"
+
+
+def _triton_default(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    if not q.is_cuda:
+        return "interpreted kernels only check numbers"
+    if needs_gradient(q, k, v):
+        return "its backward pass is plain matrix products"
+    return "" if k.shape[1] <= TRITON_UP_TO[q.dtype] else "others are faster"
+
+
+def _flash_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    if not q.is_cuda or q.dtype not in HALVES:
+        return f"it takes cuda bfloat16 and float16, got {describe(q)}"
+    if mask is not None:
+        return "it takes no key mask"
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_HEAD_DIM:
+        return f"it takes heads of 8 to {MAX_HEAD_DIM} channels, a multiple of 8, got {q.shape[3]}"
+    if not one_device(q, k, v):
+        return "the tensors lie on different devices"
+    generation = flash_generation(q.device.index)
+    if generation == 0:
+        return "no flash-attn that is installed runs on this GPU"
+    if torch.compiler.is_compiling() and not flash_compiles(generation):
+        return f"torch.compile does not trace flash-attn {generation} as installed"
+    return ""
+
+
+register_backend("flash", load_flash)
+register("attention", "triton", _triton_rule, default=_triton_default)
+register("attention", "flash", _flash_rule)
+register("attention", "sdpa", lambda *args: "")
+for _backend in ("flash", "sdpa"):
+    dispatch.load_backend(_backend)
+
+
+# -- torch.library -----------------------------------------------------------------------------------------------------------
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2] * q.shape[3]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(namespace: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """With P = softmax(S), S = q k^T / sqrt(D): dv = P^T do, dS = P * (dP - sum_k P * dP), dP = do v^T."""
+    q, k, v, mask = ctx.saved_tensors
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    grad = _by_head(grad.unflatten(-1, q.shape[2:]))  # (B, H, N_q, D)
+    q, k, v = (_by_head(part) for part in (q, k, v))  # (B, H, N, D)
+    weights = _weights(q, k, mask)  # (B, H, N_q, N_k)
+    dweights = grad @ v.transpose(-1, -2)
+    dscores = weights * (dweights - (dweights * weights).sum(dim=-1, keepdim=True)) * scale
+    gradients = dscores @ k, dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+    dq, dk, dv = (gradient.transpose(1, 2).to(dtype) for gradient in gradients)  # (B, N, H, D)
+    return dq, dk, dv, None
+
+
+define("attention", "(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor", _fake, _save, _backward)

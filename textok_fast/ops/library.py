@@ -37,6 +37,8 @@ class Definition:
 
 
 _definitions: dict[str, Definition] = {}
+_in_native: set[str] = set()  # names of those that the native library has
+_NATIVE_CUDA = _native.load().info.get("cuda", "no") != "no"
 _triton_library: list[torch.library.Library] = []  # keeps what was registered alive
 
 
@@ -55,7 +57,8 @@ def define(
         backward: ``(library, ctx, *gradients)``, where ``library`` is the namespace the forward came from.
     """
     _definitions[name] = definition = Definition(name, schema, fake, setup_context, backward)
-    if has_native(name):
+    if _native.load().available and hasattr(torch.ops.textok_fast, name):
+        _in_native.add(name)
         _attach(NATIVE, definition)
 
 
@@ -85,13 +88,12 @@ def library(backend: str) -> Any:
 
 def has_native(name: str) -> bool:
     """Whether the native library is loaded and has this operation (one left by an older build may lack it)."""
-    return _native.load().available and hasattr(torch.ops.textok_fast, name)
+    return name in _in_native
 
 
 def has_native_cuda() -> bool:
     """Whether the native library is loaded and was built with its CUDA part."""
-    status = _native.load()
-    return status.available and status.info.get("cuda", "no") != "no"
+    return _NATIVE_CUDA
 
 
 def interpreting() -> bool:

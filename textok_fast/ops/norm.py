@@ -13,7 +13,7 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
-from textok_fast.ops.fp8 import RowScaled, quantize_rows_reference
+from textok_fast.ops.fp8 import RowScaled, lacks_e4m3, quantize_rows_reference
 from textok_fast.ops.library import define, has_native, has_native_cuda, interpreting, library
 
 # -- references --------------------------------------------------------------------------------------------------------------
@@ -26,19 +26,23 @@ def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: 
 
 
 def gated_residual_layer_norm_modulate_reference(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual_layer_norm_modulate` in PyTorch."""
-    residual = x + gate.unsqueeze(1) * branch  # (B, N, D)
+    residual = _add_branch(x, branch, gate)  # (B, N, D)
     return residual, layer_norm_modulate_reference(residual, shift, scale, eps)
 
 
-def residual_layer_norm_reference(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+def gated_residual_layer_norm_reference(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """:func:`residual_layer_norm` in PyTorch."""
-    residual = x + branch  # (B, N, D)
+    """:func:`gated_residual_layer_norm` in PyTorch."""
+    residual = _add_branch(x, branch, gate)  # (B, N, D)
     return residual, F.layer_norm(residual, (x.shape[-1],), weight, bias, eps)
+
+
+def _add_branch(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    return x + (branch if gate is None else gate.unsqueeze(1) * branch)  # (B, N, D)
 
 
 # -- public functions --------------------------------------------------------------------------------------------------------
@@ -75,20 +79,27 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 
 @overload
 def gated_residual_layer_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[False] = False
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    fp8: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def gated_residual_layer_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[True]
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: Literal[True]
 ) -> tuple[Tensor, RowScaled]: ...
 def gated_residual_layer_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: bool = False
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, fp8: bool = False
 ) -> tuple[Tensor, Tensor | RowScaled]:
     """r = x + gate * branch;  h = LayerNorm(r) * (1 + scale) + shift.  Returns (r, h).
 
     Args:
         x, branch: (B, N, D), float.
-        gate, shift, scale: (B, D), one row a sample, read in place.
+        gate, shift, scale: (B, D), one row a sample, read in place. No gate: r = x + branch.
         fp8: quantize each row of h for an FP8 product. Without gradient.
 
     Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D), which with ``fp8`` is
@@ -111,22 +122,31 @@ def gated_residual_layer_norm_modulate(
 
 
 @overload
-def residual_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: Literal[False] = False
+def gated_residual_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    fp8: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
-def residual_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: Literal[True]
+def gated_residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: Literal[True]
 ) -> tuple[Tensor, RowScaled]: ...
-def residual_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: bool = False
+def gated_residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, fp8: bool = False
 ) -> tuple[Tensor, Tensor | RowScaled]:
-    """r = x + branch;  h = LayerNorm(r) * weight + bias, of a pre-norm ViT block (Dosovitskiy et al. 2021).  Returns (r, h).
+    """r = x + gate * branch;  h = LayerNorm(r) * weight + bias.  Returns (r, h).
 
-    The kernels of :func:`gated_residual_layer_norm_modulate` without a gate, one row of modulation for all samples.
+    Without a gate, what stands between the branches of a pre-norm ViT (Dosovitskiy et al. 2021). The kernels are those of
+    :func:`gated_residual_layer_norm_modulate`, with one row of modulation for all samples.
 
     Args:
         x, branch: (B, N, D), float.
+        gate: (B, D), or None: r = x + branch.
         weight, bias: (D,).
         fp8: quantize each row of h for an FP8 product. Without gradient.
 
@@ -134,31 +154,31 @@ def residual_layer_norm(
         :class:`RowScaled` of (B, N, D) and (B, N).
     Raises: InputError for shapes that do not belong together.
     """
-    _check(x, branch)
+    _check(x, branch, gate=gate)
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise InputError(f"weight and bias must be ({x.shape[-1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
     scale, shift = weight.expand(x.shape[0], -1), bias.expand(x.shape[0], -1)  # (B, D), the batch's stride is 0
     if fp8:
-        backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, None, shift, scale)
+        backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, gate, shift, scale)
         if backend == REFERENCE:
-            residual, hidden = residual_layer_norm_reference(x, branch, weight, bias, eps)
+            residual, hidden = gated_residual_layer_norm_reference(x, branch, gate, weight, bias, eps)
             return residual.detach(), quantize_rows_reference(hidden.detach())
         fused = library(backend).gated_residual_layer_norm_modulate_fp8
-        residual, values, scales = fused(x, branch, None, shift, scale, 0.0, eps)
+        residual, values, scales = fused(x, branch, gate, shift, scale, 0.0, eps)
         return residual, RowScaled(values, scales)
-    backend = choose("gated_residual_layer_norm_modulate", x, branch, None, shift, scale)
+    backend = choose("gated_residual_layer_norm_modulate", x, branch, gate, shift, scale)
     if backend == REFERENCE:
-        return residual_layer_norm_reference(x, branch, weight, bias, eps)
-    return library(backend).gated_residual_layer_norm_modulate(x, branch, None, shift, scale, 0.0, eps)
+        return gated_residual_layer_norm_reference(x, branch, gate, weight, bias, eps)
+    return library(backend).gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, 0.0, eps)
 
 
-def _check(x: Tensor, branch: Tensor | None = None, **rows: Tensor) -> None:
+def _check(x: Tensor, branch: Tensor | None = None, **rows: Tensor | None) -> None:
     if x.ndim != 3:
         raise InputError(f"x must be (B, N, D), got {tuple(x.shape)}")
     if branch is not None and branch.shape != x.shape:
         raise InputError(f"branch must have the shape of x, {tuple(x.shape)}, got {tuple(branch.shape)}")
     for name, row in rows.items():
-        if row.shape != (x.shape[0], x.shape[2]):
+        if row is not None and row.shape != (x.shape[0], x.shape[2]):
             raise InputError(f"{name} must be (B, D) = {(x.shape[0], x.shape[2])}, got {tuple(row.shape)}")
 
 
@@ -191,7 +211,7 @@ def _triton_rule(x: Tensor, *others: Tensor | None) -> str:
 def _triton_fp8_rule(x: Tensor, *others: Tensor | None) -> str:
     if needs_gradient(x, *others):
         return "an FP8 result has no gradient; call it under torch.no_grad()"
-    return _triton_rule(x, *others)
+    return _triton_rule(x, *others) or lacks_e4m3(x)
 
 
 def _on_gpu(x: Tensor, *others: Tensor | None) -> str:

@@ -1,0 +1,56 @@
+// The operations of this library on the CPU, as PyTorch calls them. What each computes and takes: textok_fast/ops/*.py.
+
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace textok_fast {
+
+using torch::stable::Tensor;
+
+std::string build_info();
+
+// norm.cpp
+Tensor layer_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, double eps);
+std::tuple<Tensor, Tensor> gated_residual_layer_norm_modulate(
+    const Tensor& x,
+    const Tensor& branch,
+    const std::optional<Tensor>& gate,
+    const Tensor& shift,
+    const Tensor& scale,
+    double offset,
+    double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_backward(
+    const Tensor& grad_residual,
+    const Tensor& grad,
+    const Tensor& residual,
+    const Tensor& branch,
+    const std::optional<Tensor>& gate,
+    const Tensor& scale,
+    double offset,
+    double eps);
+
+// patches.cpp
+Tensor patchify_uint8(const Tensor& images, int64_t patch_size, torch::headeronly::ScalarType dtype);
+Tensor unpatchify_uint8(const Tensor& patches, int64_t patch_size, int64_t rows);
+
+// quantize.cpp
+Tensor vq_nearest(const Tensor& x, const Tensor& codebook, bool normalize);
+
+// guided.cpp
+Tensor guided_step(
+    const Tensor& output,
+    const Tensor& x,
+    const std::optional<Tensor>& noise,
+    const Tensor& table,
+    const Tensor& index,
+    int64_t guided_channels,
+    bool clip_denoised);
+
+}  // namespace textok_fast

@@ -1,0 +1,188 @@
+"""Whole models on each backend: the same numbers, one compiled graph, gradients, and ONNX files of standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from textok_fast import ops
+from textok_fast.config import DiTConfig
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.tokenizer import TexTok
+from textok_fast.ops import dispatch
+
+BACKENDS = ["reference", "native", "triton"]
+
+
+def make_dit(**overrides: Any) -> DiT:
+    sizes = {"num_tokens": 5, "in_channels": 4, "num_classes": 7, "width": 48, "depth": 2, "heads": 2}
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(**{**sizes, **overrides}))
+    with torch.no_grad():
+        for parameter in dit.parameters():  # adaLN-Zero starts as the identity
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dit.eval()
+
+
+def dit_inputs(dit: DiT, batch: int = 3) -> tuple[Any, ...]:
+    config = dit.config
+    x = torch.randn(batch, config.num_tokens, config.in_channels)
+    t, y = torch.linspace(0, 900, batch), torch.arange(batch)
+    if not config.text_dim:
+        return x, t, y
+    mask = torch.arange(6) < torch.arange(batch).unsqueeze(1) * 3  # an empty caption, three words, six words
+    return x, t, y, TextFeatures(torch.randn(batch, 6, config.text_dim), mask)
+
+
+class Reconstruction(nn.Module):
+    """uint8 pictures -> patches, through the whole tokenizer."""
+
+    def __init__(self, tokenizer: TexTok) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor, text: TextFeatures) -> tuple[Tensor, Tensor]:
+        pixels, bottleneck = self.tokenizer(images, text)
+        uint8 = ops.unpatchify_uint8(self.tokenizer.decoder.patches(bottleneck.latents, text), self.tokenizer.config.patch_size)
+        return pixels, uint8
+
+
+def tokenizer_inputs() -> tuple[Tensor, TextFeatures]:
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    return images, TextFeatures(torch.randn(2, 4, 8), torch.tensor([[True] * 4, [True, False, False, False]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("text_dim", [0, 8])
+def test_a_dit_is_the_same_on_every_backend(backend: str, text_dim: int) -> None:
+    dit = make_dit(text_dim=text_dim)
+    inputs = dit_inputs(dit)
+    with torch.no_grad():
+        with ops.use_backend("reference"):
+            wanted = dit.double()(*(cast(value) for value in inputs))
+        with ops.use_backend(backend):
+            found = dit.float()(*inputs)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def cast(value: Any) -> Any:
+    if isinstance(value, TextFeatures):
+        return TextFeatures(value.features.double(), value.mask)
+    return value.double() if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_dit_has_the_same_gradients_on_every_backend(backend: str) -> None:
+    dit = make_dit(text_dim=8)
+    inputs = dit_inputs(dit)
+    found = {}
+    for name in ("reference", backend):
+        dit.zero_grad()
+        with ops.use_backend(name):
+            dit(*inputs).square().sum().backward()
+        found[name] = {key: value.grad for key, value in dit.named_parameters()}
+    for key, wanted in found["reference"].items():
+        torch.testing.assert_close(found[backend][key], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bottleneck", ["none", "vq"])
+def test_a_tokenizer_is_the_same_on_every_backend(backend: str, bottleneck: str, make_tokenizer: Callable[..., TexTok]) -> None:
+    model = Reconstruction(make_tokenizer(bottleneck=bottleneck))
+    images, text = tokenizer_inputs()
+    with torch.no_grad():
+        with ops.use_backend("reference"):
+            wanted = model(images, text)
+        with ops.use_backend(backend):
+            found = model(images, text)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert int((found[1].int() - wanted[1].int()).abs().max()) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "compiler"), [("reference", "inductor"), ("native", "inductor"), ("triton", "aot_eager")])
+@pytest.mark.parametrize("model", ["dit", "textok"])
+def test_a_whole_model_is_one_compiled_graph(
+    model: str, backend: str, compiler: str, make_tokenizer: Callable[..., TexTok]
+) -> None:
+    torch._dynamo.reset()
+    network: nn.Module
+    if model == "dit":
+        network = make_dit(text_dim=8, depth=1)
+        inputs: tuple[Any, ...] = dit_inputs(network)
+    else:
+        network = Reconstruction(make_tokenizer(bottleneck="vq", encoder_depth=1, decoder_depth=1))
+        inputs = tokenizer_inputs()
+    with torch.no_grad(), ops.use_backend(backend):
+        wanted = network(*inputs)
+        found = torch.compile(network, fullgraph=True, backend=compiler)(*inputs)
+    for mine, eager in zip(*(([out] if isinstance(out, Tensor) else list(out)) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1 if mine.dtype == torch.uint8 else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_training_compiles_too(backend: str) -> None:
+    torch._dynamo.reset()
+    dit = make_dit()
+    inputs = dit_inputs(dit)
+    with ops.use_backend(backend):
+        dit(*inputs).square().sum().backward()
+        wanted = {key: value.grad for key, value in dit.named_parameters()}
+        dit.zero_grad()
+        torch.compile(dit, fullgraph=True, backend="aot_eager")(*inputs).square().sum().backward()
+    for key, value in dit.named_parameters():
+        torch.testing.assert_close(value.grad, wanted[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+class UInt8Encoder(nn.Module):
+    """uint8 pictures -> token indices, and tokens -> uint8 pictures: every operation that the tokenizer has."""
+
+    def __init__(self, tokenizer: TexTok) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.tokenizer.bottleneck(self.tokenizer.encoder(images, None))
+        patches = self.tokenizer.decoder.patches(out.latents, None)
+        return out.indices, ops.unpatchify_uint8(patches, self.tokenizer.config.patch_size)
+
+
+@pytest.mark.parametrize("model", ["dit", "textok"])
+def test_onnx_files_have_standard_operators_only(model: str, tmp_path: Path, make_tokenizer: Callable[..., TexTok]) -> None:
+    if model == "dit":
+        network: nn.Module = make_dit()
+        inputs: tuple[Any, ...] = dit_inputs(network)  # type: ignore[arg-type]
+    else:
+        network = UInt8Encoder(make_tokenizer(bottleneck="vq")).eval()
+        inputs = (tokenizer_inputs()[0],)
+    file = tmp_path / "model.onnx"
+    with torch.no_grad():
+        wanted = network(*inputs)
+        torch.onnx.export(network, inputs, file, dynamo=True, opset_version=20, verbose=False)
+    graph = onnx.load(file)
+    onnx.checker.check_model(graph, full_check=True)
+    assert {entry.domain for entry in graph.opset_import} <= {"", "ai.onnx"} and not graph.functions
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
+    for mine, torchs in zip(found, [wanted] if isinstance(wanted, Tensor) else wanted, strict=True):
+        np.testing.assert_allclose(mine.astype(np.float64), torchs.numpy().astype(np.float64), rtol=1e-3, atol=1e-3)
+
+
+def test_every_operation_has_its_reference_and_says_what_it_lacks() -> None:
+    names = dispatch.operations()
+    assert {"layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention", "linear_gelu", "fp8_linear"} <= set(names)
+    assert {"patchify_uint8", "unpatchify_uint8", "vq_nearest", "guided_step"} <= set(names)
+    for name in names:
+        assert dispatch.backends(name)["reference"] == ""
