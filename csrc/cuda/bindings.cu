@@ -29,7 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// -- PyTorch's device and stream -----------------------------------------------------------------------------------------------
+// -- PyTorch's device and stream ---------------------------------------------------------------------------------------------
 
 using StreamOf = AOTITorchError (*)(int32_t, void**);
 
@@ -63,7 +63,8 @@ cudaStream_t current_stream(int32_t device) {
 // Makes the tensor's device current and launches on its current stream.
 class Launcher {
  public:
-  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()), stream_{current_stream(tensor.get_device_index())} {}
+  explicit Launcher(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_{current_stream(tensor.get_device_index())} {}
   Stream& stream() { return stream_; }
   void check(const char* operation) const {
     STD_TORCH_CHECK(stream_.error == cudaSuccess, operation, ": ", cudaGetErrorString(stream_.error));
@@ -132,7 +133,7 @@ void with_type(const char* name, ScalarType dtype, Run&& run) {
   }
 }
 
-// -- layer_norm_modulate, gated_residual_layer_norm_modulate -------------------------------------------------------------------
+// -- layer_norm_modulate, gated_residual_layer_norm_modulate -----------------------------------------------------------------
 
 struct Sizes {
   int64_t batch, rows, width;  // B, N, D
@@ -184,8 +185,8 @@ void set_sizes(P& p, const Sizes& sizes, double offset, double eps) {
 
 // branch and gate are null where there are none; residual then is not written either.
 void forward(
-    const char* operation, const Tensor& x_, const Tensor* branch_, const Tensor* gate_, const Tensor& shift_, const Tensor& scale_,
-    double offset, double eps, Tensor* residual, Tensor* out) {
+    const char* operation, const Tensor& x_, const Tensor* branch_, const Tensor* gate_, const Tensor& shift_,
+    const Tensor& scale_, double offset, double eps, Tensor* residual, Tensor* out) {
   const Sizes sizes = sizes_of(x_);
   Launcher launcher(x_);
   with_type("x", sizes.dtype, [&](auto zero) {
@@ -218,7 +219,7 @@ struct Gradients {
   Tensor x, branch, gate, shift, scale;
 };
 
-// grad_residual, branch and gate are null where there are none; without a gate the branch's gradient is x's and none is written.
+// grad_residual, branch and gate are null where there are none; without a gate the branch's gradient is x's: none is written.
 Gradients backward(
     const char* operation, const Tensor* grad_residual_, const Tensor& grad_, const Tensor& x_, const Tensor* branch_,
     const Tensor* gate_, const Tensor& scale_, double offset, double eps) {
@@ -284,8 +285,8 @@ std::tuple<Tensor, Tensor> gated_residual_layer_norm_modulate(
     double offset, double eps) {
   Tensor residual, out;
   forward(
-      "gated_residual_layer_norm_modulate", x, &branch, gate.has_value() ? &*gate : nullptr, shift, scale, offset, eps, &residual,
-      &out);
+      "gated_residual_layer_norm_modulate", x, &branch, gate.has_value() ? &*gate : nullptr, shift, scale, offset, eps,
+      &residual, &out);
   return {residual, out};
 }
 
@@ -315,7 +316,8 @@ Tensor guided_step(
         output_.size(dim) == factor * x_.size(dim), "output must be of x's shape, with B or 2B samples and C or 2C channels");
   }
   STD_TORCH_CHECK(
-      guided_channels >= 0 && guided_channels <= channels, "guided_channels must be 0 to ", channels, ", got ", guided_channels);
+      guided_channels >= 0 && guided_channels <= channels, "guided_channels must be 0 to ", channels, ", got ",
+      guided_channels);
   check("output", output_, x_, output_.scalar_type());
   check("table", table_, x_, ScalarType::Float);
   check("index", index, x_, ScalarType::Long);

@@ -117,8 +117,8 @@ void launch_guided_step(GuidedStep<TO, TX> p, Launch&& launch) {
   if (!p.learned && (!p.pair || p.guided == p.group)) p.group = p.guided = p.count;  // nothing changes from channel to channel
   constexpr int V = 4;
   const auto aligned = [](const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % (V * bytes) == 0; };
-  const bool vectors = p.group % V == 0 && aligned(p.x, sizeof(TX)) && aligned(p.out, sizeof(TX)) && aligned(p.output, sizeof(TO)) &&
-                       aligned(p.noise, p.noise_type == NumberType::kFloat ? 4 : 2);
+  const bool vectors = p.group % V == 0 && aligned(p.x, sizeof(TX)) && aligned(p.out, sizeof(TX)) &&
+                       aligned(p.output, sizeof(TO)) && aligned(p.noise, p.noise_type == NumberType::kFloat ? 4 : 2);
   const auto blocks = [&](int64_t each) { return static_cast<uint32_t>((p.count + each - 1) / each); };
   if (vectors) {
     launch(guided_step_kernel<TO, TX, V>, blocks(V * kGuidedThreads), kGuidedThreads, 0, p);

@@ -3,9 +3,9 @@
 //   r = x + gate * branch (or x alone, or x + branch), rounded to its dtype;  h = (r - mean) * rstd * (offset + scale) + shift
 //
 // Statistics and arithmetic are float32, the variance is taken in a second pass over the numbers. A warp holds its row in
-// registers, each number in its own dtype, up to 2,048 columns (kWarpColumns); wider rows are a block's, which reads them again
-// from the caches. A lane holds the columns warp_column(k, lane): vectors of 16 bytes where addresses, strides and D allow, else
-// single numbers, and then a warp takes rows of up to 256.
+// registers, each number in its own dtype; wider rows are a block's, which reads them again from the caches. A lane holds the
+// columns warp_column(k, lane): vectors of 16 bytes where addresses, strides and D allow, else single numbers, and then a warp
+// takes rows of up to 256.
 //
 // Backward, with g the gradient of h and G that of r:  w = g (offset + scale),
 //   dr = rstd (w - mean(w) - xhat mean(w xhat)) + G,  dx = dr,  dbranch = gate dr,
@@ -19,8 +19,8 @@
 
 namespace textok_fast::cuda {
 
-template <typename T, bool BACKWARD>      // widest row of one warp, in vectors; more would not fit its registers
-constexpr uint32_t kWarpColumns = BACKWARD && sizeof(T) == 4 ? 1280 : 2048;
+constexpr uint32_t kForwardColumns = 2048;   // widest row of one warp, in vectors
+constexpr uint32_t kBackwardColumns = 1280;  // less, because a gradient is held as well: no register may spill
 constexpr int kBlockThreads = 256;        // threads of the block that has a wider one
 constexpr int kMaxWarps = 4;              // rows a block of the warp kernels works on at a time
 constexpr size_t kSharedBytes = 48 << 10;  // what every device grants without being asked
@@ -480,16 +480,15 @@ bool fits(const NormBackward<T>& p) {
 }
 
 // Calls run(Constant<V>, Constant<CHUNKS>) for a row of a warp, or run(Constant<V>, Constant<0>) for a row of a block.
-template <typename T, bool BACKWARD, typename Run>
+template <typename T, uint32_t MOST, typename Run>
 void with_layout(bool vectors, uint32_t width, Run&& run) {
   constexpr int V = 16 / sizeof(T);
-  constexpr uint32_t most = kWarpColumns<T, BACKWARD>;
   if (!vectors) return width <= 8 * kWarp ? run(Constant<1>{}, Constant<8>{}) : run(Constant<1>{}, Constant<0>{});
   if (width <= 8 * kWarp) return run(Constant<V>{}, Constant<8 / V>{});
   if (width <= 24 * kWarp) return run(Constant<V>{}, Constant<24 / V>{});
   if (width <= 40 * kWarp) return run(Constant<V>{}, Constant<40 / V>{});
-  if constexpr (most > 40 * kWarp) {
-    if (width <= most) return run(Constant<V>{}, Constant<most / kWarp / V>{});
+  if constexpr (MOST > 40 * kWarp) {
+    if (width <= MOST) return run(Constant<V>{}, Constant<MOST / kWarp / V>{});
   }
   return run(Constant<V>{}, Constant<0>{});
 }
@@ -499,7 +498,7 @@ template <typename T, bool RESIDUAL, typename Launch>
 void launch_norm_forward(const NormForward<T>& p, Launch&& launch) {
   const uint32_t rows = p.batch * p.rows;
   if (rows == 0 || p.width == 0) return;
-  with_layout<T, false>(fits(p), p.width, [&](auto vector, auto chunks) {
+  with_layout<T, kForwardColumns>(fits(p), p.width, [&](auto vector, auto chunks) {
     constexpr int V = decltype(vector)::value, CHUNKS = decltype(chunks)::value;
     if constexpr (CHUNKS == 0) {
       launch(norm_forward_block<T, V, RESIDUAL>, rows, kBlockThreads, 0, p);
@@ -517,7 +516,7 @@ void norm_backward_chunks(NormBackward<T>& p) {
     p.chunks = p.chunk_rows = 0;
     return;
   }
-  const uint32_t at_once = p.width > kWarpColumns<T, true> ? 1 : kMaxWarps;  // rows a block works on
+  const uint32_t at_once = p.width > kBackwardColumns ? 1 : kMaxWarps;  // rows a block works on
   const uint32_t most = (p.rows + at_once - 1) / at_once;
   const uint32_t wanted = (kBackwardBlocks + p.batch - 1) / p.batch;
   p.chunk_rows = (p.rows + (wanted < most ? wanted : most) - 1) / (wanted < most ? wanted : most);
@@ -529,7 +528,7 @@ void launch_norm_backward(const NormBackward<T>& p, Launch&& launch) {
   if (p.batch == 0 || p.width == 0) return;
   const uint32_t blocks = p.batch * p.chunks;
   if (blocks > 0) {
-    with_layout<T, true>(fits(p), p.width, [&](auto vector, auto chunks) {
+    with_layout<T, kBackwardColumns>(fits(p), p.width, [&](auto vector, auto chunks) {
       constexpr int V = decltype(vector)::value, CHUNKS = decltype(chunks)::value;
       if constexpr (CHUNKS == 0) {
         launch(norm_backward_block<T, V>, blocks, kBlockThreads, 0, p);

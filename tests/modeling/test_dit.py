@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 from safetensors import safe_open
+from torch.nn import functional as F
 
 from textok_fast import DiT, DiTConfig, InputError
 from textok_fast.diffusion import classifier_free_guidance

@@ -1,8 +1,8 @@
 // Runs the kernels of csrc/cuda/{norm,guided}.h on the host, the very source that nvcc compiles, to find mistakes in indices,
 // strides, alignment and barriers where there is no GPU. Compiled and called by test_native_cuda.py.
 //
-// A thread of a block is a coroutine that gives way at shuffles and barriers only. A warp runs as far as it can before the next one
-// does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier shows.
+// A thread of a block is a coroutine that gives way at shuffles and barriers only. A warp runs as far as it can before the next
+// one does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier shows.
 
 #include <ucontext.h>
 

@@ -215,6 +215,12 @@ def test_an_exporter_gets_sdpa_unless_the_reference_is_forced(forced: dict[str, 
     torch.testing.assert_close(graph.module()(*inputs), attention_reference(inputs[0], inputs[1], inputs[1], inputs[2]))
 
 
+def test_pytorchs_own_runs_where_all_operations_are_forced_to_their_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "attention_reference", lambda *args: pytest.fail("the formula is for definition only"))
+    with ops.use_backend("reference"):
+        assert ops.attention(*[torch.randn(2, 3, 2, 4)] * 3).shape == (2, 3, 8)
+
+
 # -- flash-attn, of which each generation is here as far as its signature ----------------------------------------------------
 
 

@@ -35,7 +35,7 @@ def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, absolute: float = 1e-
 def within(values: Tensor, layout: str) -> Tensor:
     """The same values as a view whose neighbours in memory are NaN.
 
-    "dense"; "strided": room after each row and sample, a multiple of 16 bytes; "misaligned": one number before, 3 after each row.
+    "dense"; "strided": room after each row and sample, a multiple of 16 bytes; "misaligned": one number before, 3 after a row.
     """
     before, after = {"dense": (0, 0), "strided": (0, 16), "misaligned": (1, 3)}[layout]
     shape = (*values.shape[:-2], values.shape[-2] + (layout != "dense"), values.shape[-1] + after)
@@ -163,7 +163,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 # (sizes, dtype, layout, modulation shared by the samples). Vectors are 4 float32 or 8 bfloat16 numbers; a warp takes rows of up
-# to 2,048 numbers (1,280 for float32's gradients) in vectors, 256 in single numbers, a block wider ones.
+# to 2,048 numbers (1,280 in the backward pass) in vectors, 256 in single numbers, a block wider ones.
 NORM_CASES = [
     ((2, 3, 1), torch.float32, "dense", False),
     ((3, 1, 7), torch.float32, "strided", True),

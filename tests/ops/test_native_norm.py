@@ -39,15 +39,15 @@ ROUNDING = {torch.float32: EPS32 / 2, torch.bfloat16: 2**-8}  # of a result, rel
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """The same shape and, where nothing is repeated, the same values, lying otherwise in memory; what lies between is NaN."""
-    if layout in ("one sample", "one row") and values.numel():
+    if layout == "contiguous" or not values.numel():
+        return values.contiguous()
+    if layout in ("one sample", "one row"):
         return (values[:1] if layout == "one sample" or values.ndim == 2 else values[:, :1]).expand(values.shape)
     if layout == "reversed":  # rows before samples in memory
         return values.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "every second number":
         room = torch.full((*values.shape, 2), torch.nan, dtype=values.dtype)
         return room[..., 0].copy_(values)
-    if layout == "contiguous":
-        return values.contiguous()
     before, after = {"strided": (0, 8), "misaligned": (1, 2), "chunk": (values.shape[-1], 4 * values.shape[-1])}[layout]
     width = values.shape[-1]
     room = torch.full((*values.shape[:-1], before + width + after), torch.nan, dtype=values.dtype)
@@ -112,13 +112,14 @@ def check_forward(got: Tensor, x: Tensor, shift: Tensor, scale: Tensor, offset: 
     check(got, product + shift, bound, x.dtype)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases, st.sampled_from([1e-6, 1e-3]))
 def test_forward(case: Case, eps: float) -> None:
-    check_forward(library("native").layer_norm_modulate(case.x, case.shift, case.scale, eps), case.x, case.shift, case.scale, 1, eps)
+    out = library("native").layer_norm_modulate(case.x, case.shift, case.scale, eps)
+    check_forward(out, case.x, case.shift, case.scale, 1, eps)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases, st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_forward_after_a_residual(case: Case, gated: bool, offset: float) -> None:
     gate = case.gate if gated else None
@@ -148,7 +149,7 @@ class Derivatives:
         self.dscale_bound = terms * (grad * y.rows).abs().sum(1) + (grad.abs() * y.error).sum(1)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases)
 def test_backward(case: Case) -> None:
     dx, dshift, dscale = library("native").layer_norm_modulate_backward(case.grad, case.x, case.scale, 1e-5)
@@ -161,7 +162,7 @@ def test_backward(case: Case) -> None:
     check(dscale, wanted.dscale, wanted.dscale_bound, case.dtype)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases, st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_backward_after_a_residual(case: Case, gated: bool, offset: float) -> None:
     gate = case.gate if gated else None
@@ -186,22 +187,23 @@ def test_backward_after_a_residual(case: Case, gated: bool, offset: float) -> No
         check(dgate, (total * branch).sum(1), dgate_bound, case.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_results_too_large_for_the_cache(dtype: torch.dtype) -> None:
-    case = Case((2, 2100, 1152), dtype, "contiguous", "chunk", 0)
-    arguments = (case.x, case.branch, case.gate, case.shift, case.scale, 1.0, 1e-6)
-    residual, out = library("native").gated_residual_layer_norm_modulate(*arguments)
-    # Rows that are dealt with together are the same rows dealt with one sample and a few rows at a time.
-    some = slice(1000, 1003)
-    for sample in range(2):
-        rows = (case.x[sample : sample + 1, some], case.branch[sample : sample + 1, some])
-        modulation = (values[sample : sample + 1] for values in (case.gate, case.shift, case.scale))
-        few = library("native").gated_residual_layer_norm_modulate(*rows, *modulation, 1.0, 1e-6)
-        assert torch.equal(residual[sample, some], few[0][0]) and torch.equal(out[sample, some], few[1][0])
-    check_forward(out, residual, case.shift, case.scale, 1, 1e-6)
-    dx, _, _ = library("native").layer_norm_modulate_backward(case.grad, case.x, case.scale, 1e-6)
-    wanted = Derivatives(case.grad[:1], case.x[:1], case.scale[:1], 1, 1e-6)
-    check(dx[:1], wanted.dx, wanted.dx_bound, dtype)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1000), (torch.bfloat16, 2000)])
+def test_results_too_large_for_the_cache(dtype: torch.dtype, rows: int) -> None:
+    case, native = Case((1, rows, 1152), dtype, "contiguous", "chunk", 0), library("native")
+    modulation = (case.gate, case.shift, case.scale, 1.0, 1e-6)
+    residual, out = native.gated_residual_layer_norm_modulate(case.x, case.branch, *modulation)
+    arguments = (case.gate, case.scale, 1.0, 1e-6)
+    dx, dbranch, *_ = native.gated_residual_layer_norm_modulate_backward(
+        case.grad_residual, case.grad, residual, case.branch, *arguments
+    )
+    # Rows among many, which are written past the cache, are the same rows alone.
+    for some in (slice(0, 2), slice(rows // 2 - 1, rows // 2 + 2), slice(rows - 1, rows)):
+        few = native.gated_residual_layer_norm_modulate(case.x[:, some], case.branch[:, some], *modulation)
+        assert torch.equal(residual[:, some], few[0]) and torch.equal(out[:, some], few[1])
+        check_forward(few[1], few[0], case.shift, case.scale, 1, 1e-6)
+        tensors = (tensor[:, some] for tensor in (case.grad_residual, case.grad, residual, case.branch))
+        few = native.gated_residual_layer_norm_modulate_backward(*tensors, *arguments)
+        assert torch.equal(dx[:, some], few[0]) and torch.equal(dbranch[:, some], few[1])
 
 
 def test_rounding_to_bfloat16() -> None:
@@ -246,8 +248,11 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(dtype: torch.dtype, 
                 with use_backend("reference"):  # in float64: bfloat16 is compared where nothing but NaN and infinity shows
                     wanted = grads(function, [tensor.double() for tensor in chosen], [tensor.double() for tensor in outputs])
                 for mine, theirs in zip(got, wanted, strict=True):
+                    assert torch.equal(mine.isfinite(), theirs.isfinite()), (name, place, inputs)
+                # In a derivative, whether infinity meets infinity depends on the order of the sums.
+                for mine, theirs in zip(got[: len(outputs)], wanted[: len(outputs)], strict=True):
                     assert torch.equal(mine.isnan(), theirs.isnan()), (name, place, inputs)
-                    assert torch.equal(mine.isinf() * mine.sign(), theirs.isinf() * theirs.sign()), (name, place, inputs)
+                    assert torch.equal(mine.isposinf(), theirs.isposinf()), (name, place, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,12 +271,19 @@ def test_gradients_are_those_of_the_reference(dtype: torch.dtype) -> None:
         return ops.gated_residual_layer_norm(x, branch, None, weight, bias)
 
     joined = [x, branch, case.gate, case.shift, case.scale]
+
+    def weighted(out: Tensor) -> Tensor:
+        return (out * weights.to(out)).sum()
+
+    def both(out: tuple[Tensor, Tensor]) -> Tensor:
+        return weighted(out[0]) + out[1].square().sum()
+
     for function, tensors, read in (
-        (ops.layer_norm_modulate, [x, case.shift, case.scale], lambda out: (out * weights.to(out)).sum()),
-        (ops.layer_norm_modulate, [x, case.shift, case.scale], lambda out: out.sum()),  # a gradient of stride 0
-        (ops.gated_residual_layer_norm_modulate, joined, lambda out: (out[0] * weights.to(out[0])).sum() + out[1].square().sum()),
-        (ops.gated_residual_layer_norm_modulate, joined, lambda out: (out[1] * weights.to(out[1])).sum()),  # one of two results
-        (residual_layer_norm, affine, lambda out: (out[0] * weights.to(out[0])).sum() + out[1].square().sum()),
+        (ops.layer_norm_modulate, [x, case.shift, case.scale], weighted),
+        (ops.layer_norm_modulate, [x, case.shift, case.scale], torch.sum),  # a gradient of stride 0
+        (ops.gated_residual_layer_norm_modulate, joined, both),
+        (ops.gated_residual_layer_norm_modulate, joined, lambda out: weighted(out[1])),  # one of two results
+        (residual_layer_norm, affine, both),
     ):
         with use_backend("native"):
             got = grads(function, tensors, read)
@@ -302,9 +314,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype: torch.dtype) -> None:
-    case = Case((2, 3, 40), dtype, "strided", "chunk", 0)
+def test_opcheck() -> None:
+    case = Case((2, 3, 40), torch.bfloat16, "strided", "chunk", 0)
     native = library("native")
     x, branch, gate, shift, scale = (
         tensor.requires_grad_() for tensor in (case.x, case.branch, case.gate, case.shift, case.scale)
@@ -352,7 +363,8 @@ def run_again(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
 def test_lower_instruction_sets(isa: str) -> None:
     if isa == "avx2" and not {"avx2", "fma"} <= set(_native.load().info["isa"].split(",")):
         pytest.skip("this processor has no AVX2")
-    done = run_again("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__)), isa=isa)
+    numbers = "forward or backward or rounding or infinity or asked"
+    done = run_again("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", numbers, isa=isa)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -37,6 +37,7 @@ from textok_fast.evaluation.roofline import (
 )
 from textok_fast.files import write_text
 from textok_fast.ops.device import resolve_device
+from textok_fast.ops.dispatch import use_backend
 
 PUBLISHED_SPEEDUP = 93.5
 PUBLISHED_CLAIM = (
@@ -262,7 +263,8 @@ def run_speedup(
         return found
 
     rows: list[SpeedupRow] = []
-    with use_threads(config.threads) as threads, torch.inference_mode():
+    # The networks in their PyTorch form, on both sides; what our operations add is for benchmarks/test_dit_step.py to say.
+    with use_threads(config.threads) as threads, torch.inference_mode(), use_backend("reference"):
         machine = machine_info()
         for dtype in config.dtypes:
             say(f"{dtype}: measuring the ceilings of {device}, {threads} thread(s)")

@@ -144,11 +144,12 @@ class DiT(PretrainedMixin, nn.Module):
         tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
         if self.image_embedder is not None and image_tokens is not None:
             h = torch.cat([h, self.image_embedder(image_tokens) + self.image_positions], dim=1)  # (B, N + M, D)
-        modulation = self.modulation(c)
-        first = [part.chunk(6, dim=1)[:2] for part in modulation[:-1]] + [modulation[-1].chunk(2, dim=1)]  # shift and scale
-        hidden = ops.layer_norm_modulate(h, *first[0])  # (B, N + M, D)
+        modulations = self.modulation(c)
+        parts = [modulation.chunk(6, dim=1) for modulation in modulations[:-1]] + [modulations[-1].chunk(2, dim=1)]
+        entry = [(shift, scale) for shift, scale, *_ in parts]  # of each block and the final layer, each (B, D)
+        hidden = ops.layer_norm_modulate(h, *entry[0])  # (B, N + M, D)
         for index, block in enumerate(self.blocks):
-            h, hidden = block(h, hidden, modulation[index], first[index + 1], tokens)
+            h, hidden = block(h, hidden, modulations[index], entry[index + 1], tokens)
         out = self.final_layer(hidden[:, : patches.shape[1]])  # (B, N, C_out p p)
         return ops.unpatchify(out, self.config.patch_size, self.config.out_channels) if self.config.input_size else out
 
@@ -164,7 +165,7 @@ class DiT(PretrainedMixin, nn.Module):
         """Every block's shift, scale and gate (B, 6 D), and last the final layer's shift and scale (B, 2 D)."""
         activated = F.silu(c)  # (B, D), what every adaLN_modulation begins with
         layers = [*self.blocks, self.final_layer]
-        return [layer.adaLN_modulation[1](activated) for layer in layers]  # type: ignore[index,operator,union-attr]
+        return [layer.adaLN_modulation[1](activated) for layer in layers]
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | None, text: TextFeatures | None, image_tokens: Tensor | None) -> None:
         config = self.config

@@ -81,7 +81,7 @@ class ViTBlock(nn.Module):
     def forward(
         self, x: Tensor, hidden: Tensor, following: nn.LayerNorm, mask: Tensor | None = None, rows: slice | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them when others are not needed."""
+        """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them that are needed."""
         residual = x if rows is None else x[:, rows]
         x, hidden = add_and_norm(residual, self.attn(hidden, mask, rows), self.norm2)
         return add_and_norm(x, self.mlp(hidden), following)
@@ -94,8 +94,8 @@ def add_and_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, gate: Tensor | N
 
 def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
     """A whole ViT: x (B, N, D) -> norm(last block's x), only the ``rows`` of it, (B, N_rows, D)."""
-    following = [block.norm1 for block in blocks[1:]] + [norm]  # type: ignore[union-attr]
-    hidden = blocks[0].norm1(x)  # type: ignore[operator,union-attr]
+    following = [*(block.norm1 for block in blocks[1:]), norm]
+    hidden = blocks[0].norm1(x)  # type: ignore[operator]
     for index, block in enumerate(blocks):
         last = index == len(blocks) - 1
         x, hidden = block(x, hidden, following[index], mask, rows if last else None)

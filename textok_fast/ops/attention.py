@@ -1,9 +1,8 @@
 """Scaled dot-product attention over views of packed projections.
 
 Backends: ``triton`` (short sequences), ``flash`` (the flash-attn package, generation 2, 3 or 4, where it is installed),
-``sdpa`` (torch's own, which takes everything), ``reference`` (the formula, in float32 or wider). Nothing falls back to the
-reference: what no other backend takes, and what is being exported, goes to ``sdpa``, which exporters know. The reference, when
-it is forced, is exported as products and a softmax.
+``sdpa`` (torch's own, which takes everything), ``reference`` (the formula, in float32 or wider). The last is a definition and
+slow, so it runs only where it is forced for this operation; exporters and ``use_backend("reference")`` get ``sdpa``.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     _check(q, k, v, mask)
     backend = choose("attention", q, k, v, mask)
-    if backend == REFERENCE and not _reference_forced():
-        backend = "sdpa"  # the reference unforced is choose's answer to an exporter
+    if backend == REFERENCE and dispatch.forced().get("attention") != REFERENCE:
+        backend = "sdpa"  # what PyTorch has for it: for exporters, and where all operations are to be PyTorch's
     if backend == "triton":
         return library(backend).attention(q, k, v, mask)
     if backend == "flash":
@@ -100,11 +99,6 @@ def short_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, rows: s
         raise InputError(f"qkv must be (B, N, 3, {heads}, D) or (B, N, 3 * {heads} * D), got {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(2)  # each (B, N, H, D)
     return attention(q if rows is None else q[:, rows], k, v, mask)
-
-
-def _reference_forced() -> bool:
-    forced = dispatch.forced()
-    return forced.get("attention", forced.get("*")) == REFERENCE
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -22,6 +22,9 @@ APPROXIMATIONS = ("none", "tanh")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 HALF = (torch.bfloat16, torch.float16)
 
+# torch 2.11 takes one scale a tensor there.
+CPU_SCALED_MM = torch.__version__ >= "2.13"
+
 # Up to so many rows a product is bound by reading the weights.
 SKINNY_ROWS = 128
 # The products (in, out) of DiT-XL's and of ViT-Base's blocks, and numbers of rows: what the choices are measured on.
@@ -297,6 +300,8 @@ def _scaled_mm_rule(
         return f"in and out must be multiples of 16, got a weight {tuple(weight.shape)}"
     if x.is_cuda and (reason := lacks_e4m3(x)):
         return reason
+    if x.is_cpu and not CPU_SCALED_MM:
+        return "on a CPU it takes row-wise scales from torch 2.13 on"
     return _fp8_rule(x, x_scale, weight, weight_scale, bias, activation, dtype)
 
 

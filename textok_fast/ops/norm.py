@@ -199,7 +199,7 @@ def _native_rule(x: Tensor, *others: Tensor | None) -> str:
 def _triton_rule(x: Tensor, *others: Tensor | None) -> str:
     if not (x.is_cuda or (x.is_cpu and interpreting())):
         return f"no Triton on {x.device.type}"
-    if not x.is_floating_point() or x.dtype == torch.float64:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {describe(x)}"
     if any(t is not None and torch.promote_types(t.dtype, x.dtype) != x.dtype for t in others):
         return f"x must be of the widest dtype, got {describe(x)} with {[str(t.dtype) for t in others if t is not None]}"

@@ -82,21 +82,12 @@ struct Statistics {
   float mean, inverse;  // of the standard deviation
 };
 
-// A pair of a row that will be wanted soon.
+// Of a row that was added up; `copy` has whole pairs.
 template <class T>
-inline void fetch(const T* p) {
-  __builtin_prefetch(p);
-  if constexpr (kStep * sizeof(T) > 64) __builtin_prefetch(p + kStep / 2);
-}
-
-// Of a row that was added up; `copy` has whole pairs. Meanwhile `fetch_next(i)` asks for the next row: processors look ahead within
-// a page, but rows are about as long, and while this row is in the cache the memory would have nothing to do.
-template <class T, class F>
-inline Statistics statistics(float total_of_row, const float* copy, int64_t width, float eps, const F& fetch_next) {
+inline Statistics statistics(float total_of_row, const float* copy, int64_t width, float eps) {
   const float mean = total_of_row / static_cast<float>(width);
   const Pair center = set_pair(mean);
   const float squares = total(width, [&](int64_t i, auto n) TEXTOK_INLINE {
-    fetch_next(i);
     const Pair difference = keep(load_pair(copy + i) - center, n, T{});
     return difference * difference;
   });
@@ -138,13 +129,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scrat
     if constexpr (sizeof(T) == sizeof(float)) {
       if (!copies) values = kResidual ? residual : x;
     }
-    const int64_t next = index + 1 < end ? index + 1 : index, next_sample = next / a.rows, next_row = next - next_sample * a.rows;
-    const T* const next_x = row_of<T>(a.x, next_sample, next_row);
-    const T* const next_branch = kResidual ? row_of<T>(a.branch, next_sample, next_row) : nullptr;
-    const Statistics s = statistics<T>(sum_of_row, values, width, a.eps, [&](int64_t i) TEXTOK_INLINE {
-      fetch(next_x + i);
-      if constexpr (kResidual) fetch(next_branch + i);
-    });
+    const Statistics s = statistics<T>(sum_of_row, values, width, a.eps);
     const Pair mean = set_pair(s.mean), inverse = set_pair(s.inverse);
     T* const out = static_cast<T*>(a.out) + index * width;
     each(width, [&](int64_t i, auto n) TEXTOK_INLINE {
@@ -200,10 +185,7 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end, float* s
       const T* const r = row_of<T>(a.residual, sample, row);
       const float sum_of_row =
           total(width, [&](int64_t i, auto n) TEXTOK_INLINE { return store_pair(normalized + i, load_pair(r + i, n)); });
-      const int64_t next = row + 1 < last_row ? row + 1 : row;
-      const T* const next_r = row_of<T>(a.residual, sample, next);
-      const Statistics s =
-          statistics<T>(sum_of_row, normalized, width, a.eps, [&](int64_t i) TEXTOK_INLINE { fetch(next_r + i); });
+      const Statistics s = statistics<T>(sum_of_row, normalized, width, a.eps);
       const Pair mean = set_pair(s.mean), inverse = set_pair(s.inverse);
       const T* const grad = row_of<T>(a.grad, sample, row);
       Pair products = set_pair(0);
