@@ -134,8 +134,6 @@ def _check(output: Tensor, x: Tensor, table: Tensor, index: Tensor, noise: Tenso
 
 # -- choice ------------------------------------------------------------------------------------------------------------------
 
-# Asked once: torch.compile cannot trace the loading of a library.
-
 
 def _native_rule(output: Tensor, x: Tensor, noise: Tensor | None, table: Tensor, index: Tensor, *options: int) -> str:
     if not has_native("guided_step"):
