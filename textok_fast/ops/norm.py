@@ -193,7 +193,8 @@ def _native_rule(x: Tensor, *others: Tensor | None) -> str:
     given = [tensor for tensor in others if tensor is not None]
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.bfloat16)
     if x.dtype not in dtypes or any(tensor.dtype != x.dtype for tensor in given):
-        return f"it takes float32 or bfloat16 (on a GPU also float16), all the same, got {describe(x)} with {[str(t.dtype) for t in given]}"
+        also = f"{describe(x)} with {[str(tensor.dtype) for tensor in given]}"
+        return f"it takes float32 or bfloat16 (on a GPU also float16), all the same, got {also}"
     return "" if one_device(x, *given) else "the tensors lie on different devices"
 
 
