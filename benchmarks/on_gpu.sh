@@ -60,7 +60,10 @@ part() { # NAME SECONDS COMMAND...
   fi
   echo "== $name: $how, $((SECONDS - began)) s"
   ended+=(--part "$name:$((SECONDS - began)):$how")
-  # After each part: what was measured must be there even if the whole call is killed.
+  merge # after each part: what was measured must be there even if the whole call is killed
+}
+
+merge() {
   "$PYTHON" benchmarks/summary.py "$work"/*.json --merge "$OUT/results.json" --commit "${COMMIT:-}" "${ended[@]}" \
     >"$OUT/table.md" 2>>"$OUT/log.txt"
 }
@@ -124,7 +127,10 @@ for wanted in $PARTS; do
         speedup fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
       fi
       ;;
-    *) echo "unknown part: $wanted" >&2; ended+=(--part "$wanted:0:unknown") ;;
+    *)
+      ended+=(--part "$wanted:0:unknown part")
+      merge
+      ;;
   esac
 done
 

@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -92,7 +94,7 @@ def test_load_says_whether_and_why() -> None:
     assert status.available == bool(status.info)
     if status.available:
         assert status.info["torch_target"] == "2.11"
-        assert {"compiler", "isa", "cuda"} <= set(status.info)
+        assert {"compiler", "isa", "kernels", "cuda"} <= set(status.info)
         if Path("/proc/cpuinfo").exists() and "x86" in os.uname().machine:
             flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
             for name, flag in (("avx2", "avx2"), ("avx512f", "avx512f"), ("avx512bf16", "avx512_bf16")):
@@ -103,6 +105,23 @@ def test_a_library_that_was_built_loads() -> None:
     if not (_native.PACKAGE_DIR / _native.LIBRARY).exists() or os.environ.get("TEXTOK_NATIVE") == "0":
         pytest.skip(f"no native library here: {_native.load().reason}")
     assert _native.load().available, _native.load().reason
+
+
+def test_the_library_is_here_where_it_can_be_built() -> None:
+    """Other tests skip what a missing library would do, so that its absence must not pass for success."""
+    if os.environ.get("TEXTOK_NATIVE") == "0":
+        pytest.skip("switched off by TEXTOK_NATIVE=0")
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None or shutil.which("cmake") is None:
+        pytest.skip("no compiler or no CMake here")
+    status = _native.load()
+    assert status.available, f"{status.reason}; build it: ./run setup, or pip install --no-build-isolation -e ."
+    import torch
+
+    # What the sources define, the library must have: one left by an older build would silently run fewer operations.
+    schemas = re.findall(r'"(\w+)\(', "".join((ROOT / "csrc/cpu/ops.cpp").read_text(encoding="utf-8").split("m.def(")[1:]))
+    missing = [name for name in schemas if not hasattr(torch.ops.textok_fast, name)]
+    assert len(schemas) > 8 and not missing, f"the library is older than csrc/: it lacks {missing}"
 
 
 def test_missing_library_without_report(tmp_path: Path) -> None:

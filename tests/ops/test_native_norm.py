@@ -366,6 +366,7 @@ def test_lower_instruction_sets(isa: str) -> None:
     numbers = "forward or backward or rounding or infinity or asked"
     done = run_again("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", numbers, isa=isa)
     assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 def test_the_instruction_set_asked_for_is_used() -> None:
