@@ -15,6 +15,9 @@ namespace textok_fast {
 
 namespace {
 
+// Below this, waking a thread costs more than it saves.
+constexpr int64_t kNumbersPerThread = 1 << 16;
+
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 Float float_of(const char* name, const Tensor& tensor, bool half) {
@@ -90,7 +93,7 @@ Tensor guided_step(
       0 <= row && row < table.size(0) ? static_cast<const float*>(table.const_data_ptr()) + 8 * row : outside;
 
   const GuidedKernels& kernels = TEXTOK_CHOOSE(guided);
-  torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) { kernels.step(step, begin, end); });
+  torch::stable::parallel_for(0, count, kNumbersPerThread, [&](int64_t begin, int64_t end) { kernels.step(step, begin, end); });
   return result;
 }
 

@@ -16,7 +16,7 @@ namespace textok_fast {
 namespace {
 
 // Multiply-adds that are worth waking a thread for.
-constexpr int64_t kTaskSize = 1 << 19;
+constexpr int64_t kTaskSize = 1 << 20;
 
 Tensor empty_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
