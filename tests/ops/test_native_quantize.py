@@ -142,7 +142,7 @@ def test_huge_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 8, 15000), (1000, 8, 100), (97, 16, 6000)])
+@pytest.mark.parametrize("shape", [(40, 8, 40000), (1000, 8, 100), (97, 16, 6000)])
 def test_threads_change_nothing(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """With few rows the codes are divided among the threads."""
     rows, width, codes = shape

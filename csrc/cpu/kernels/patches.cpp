@@ -1,5 +1,5 @@
-// A strip passes through the first-level cache in bytes: lines of pixels <-> one line a channel <-> the order of patches. Only the
-// last step, from or to floats, touches much memory, and it goes straight through it.
+// A strip passes through the first-level cache in bytes: lines of pixels <-> one line a channel <-> the order of patches. Only
+// the step from or to floats touches much memory, and it goes straight through it.
 
 #include "patches.h"
 

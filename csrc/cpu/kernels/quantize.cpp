@@ -1,5 +1,5 @@
-// Nearest codes. The lanes of a vector are rows of x, so that a code's numbers are broadcast straight from the codebook, which needs
-// no transposing, and each lane keeps its own minimum. A block of codes times two vectors of rows stays in registers.
+// Nearest codes. The lanes of a vector are rows of x, so that a code's numbers are broadcast straight from the codebook, which
+// needs no transposing, and each lane keeps its own minimum. A block of codes times two vectors of rows stays in registers.
 //
 // Only the block that holds the minimum is recorded, one comparison a block instead of one a code; `finish` computes the
 // distances of that one block again to find the code. Distances do not depend on how work is divided, nor do the results.
@@ -161,10 +161,12 @@ void take_tile(const CodeSearch& s, const float* x, int64_t first_code, int64_t 
   }
   int64_t k = first_code;
   for (; k + kCodes <= last_code; k += kCodes) {
-    take<VECTORS, kCodes, CAREFUL>(x, s.codes + k * s.width, s.squares + k, s.width, static_cast<int32_t>(k / kCodes), best, block);
+    const int32_t id = static_cast<int32_t>(k / kCodes);
+    take<VECTORS, kCodes, CAREFUL>(x, s.codes + k * s.width, s.squares + k, s.width, id, best, block);
   }
   for (; k < last_code; ++k) {
-    take<VECTORS, 1, CAREFUL>(x, s.codes + k * s.width, s.squares + k, s.width, static_cast<int32_t>(k / kCodes), best, block);
+    const int32_t id = static_cast<int32_t>(k / kCodes);
+    take<VECTORS, 1, CAREFUL>(x, s.codes + k * s.width, s.squares + k, s.width, id, best, block);
   }
   for (int v = 0; v < VECTORS; ++v) {
     store(best_at + v * kLanes, best[v]);

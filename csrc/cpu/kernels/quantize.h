@@ -15,7 +15,7 @@ struct CodeSearch {
   int32_t* block;        // (splits, padded rows): which block of codes has it
   int64_t* index;        // (rows)
   int64_t rows, padded, width, count;
-  int64_t codes_per_split, splits;  // parts of the codebook that threads may search; all but the last a multiple of codes_per_block
+  int64_t codes_per_split, splits;  // parts of the codebook that threads search; the former a multiple of codes_per_block
   bool normalize;
 };
 
