@@ -1,10 +1,12 @@
 """What pyproject.toml cannot say: where the packages lie, and how the native library is built.
 
-The native library (csrc/, through CMake) is optional. Without PyTorch in the building environment, a C++ compiler or CMake the
-install succeeds without it and leaves the reason for ``textok-fast info``. Environment variables:
+The native library (csrc/, through CMake) is optional. Without an installed PyTorch, a C++ compiler or CMake the install
+succeeds without it and leaves the reason for ``textok-fast info``. Environment variables:
 
 TEXTOK_NATIVE  0: do not build it; 1: fail when it cannot be built; unset: build it if possible
-TEXTOK_CUDA    0: no CUDA code; 1: CUDA code even with a CPU build of PyTorch; unset: with nvcc and a CUDA build of PyTorch
+TEXTOK_CUDA    0: no CUDA code; 1: CUDA code even with a CPU build of PyTorch, and fail when it cannot be built;
+               unset: if possible, with a CUDA build of PyTorch and the nvcc of its CUDA version
+CMAKE_BUILD_PARALLEL_LEVEL  how many files to compile at a time; unset: as many as there are usable cores
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -46,11 +49,19 @@ class BuildNative(build_ext):
         target.unlink(missing_ok=True)  # one left by an earlier build must not pass for this one
         try:
             report = self.build_native(target)
-        except CannotBuild as problem:
-            if os.environ.get("TEXTOK_NATIVE") == "1":
+        except (
+            CannotBuild,
+            OSError,
+            StopIteration,
+            ValueError,
+            KeyError,
+        ) as problem:  # also remains of a PyTorch, a broken tool
+            native, cuda = os.environ.get("TEXTOK_NATIVE"), os.environ.get("TEXTOK_CUDA")
+            if native == "1" or (cuda == "1" and native != "0"):  # it was asked for
                 raise
-            report = {"built": False, "reason": str(problem)}
-            print(f"textok-fast: native operations not built: {problem}", file=sys.stderr)
+            reason = str(problem) if isinstance(problem, CannotBuild) else f"{type(problem).__name__}: {problem}"
+            report = {"built": False, "reason": " ".join(reason.split())}
+            print(f"textok-fast: native operations not built: {report['reason']}", file=sys.stderr)
         target.with_name(REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def build_native(self, target: Path) -> dict[str, object]:
@@ -84,7 +95,7 @@ class BuildNative(build_ext):
         ninja = find_tool("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        for command in (configure, [cmake, "--build", str(build_dir), "--parallel"]):
+        for command in (configure, [cmake, "--build", str(build_dir), "--parallel", parallel_level()]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
             print(done.stdout)
             if done.returncode:
@@ -115,12 +126,16 @@ class NativeWheel(bdist_wheel):
 def find_torch() -> tuple[Path, str, str | None]:
     """Directory, version and CUDA version of the installed PyTorch, without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    places = [*(spec.submodule_search_locations or [])] if spec is not None else []
+    # pip's isolated builds hide what is installed from import, but not where. Only PyTorch's stable ABI is used, so that the
+    # library does not mind if the same install goes on to replace that PyTorch.
+    places.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
+    directory = next((Path(place) for place in places if os.path.isfile(os.path.join(place, "version.py"))), None)
+    if directory is None:
         raise CannotBuild(
-            "PyTorch is not visible to the build, because pip builds in an isolated environment; "
+            "PyTorch is not visible to the build: it is not installed, or the build is isolated from it; "
             f"with torch and setuptools installed: {HOW} textok-fast (in a checkout: {HOW} -e .)"
         )
-    directory = Path(spec.submodule_search_locations[0])
     facts = runpy.run_path(str(directory / "version.py"))
     version = str(facts["__version__"])
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
@@ -137,11 +152,34 @@ def decide_cuda(torch_cuda: str | None) -> tuple[bool, str]:
         if wish == "1":
             raise CannotBuild("TEXTOK_CUDA=1 needs nvcc on PATH or in CUDACXX")
         return False, "nvcc was not found while installing"
+    version = nvcc_version(nvcc)
     if wish == "1":
+        if version is None:
+            raise CannotBuild(f"TEXTOK_CUDA=1 was set, but {nvcc} does not run")
         return True, "compiled, because TEXTOK_CUDA=1 was set"
     if torch_cuda is None:
         return False, "PyTorch is a CPU build (TEXTOK_CUDA=1 compiles the CUDA code all the same)"
+    # A driver that runs this PyTorch need not run code of a later major version of CUDA.
+    if version is None or version.split(".")[0] != torch_cuda.split(".")[0]:
+        found = f"nvcc is of CUDA {version}" if version else f"{nvcc} does not run"
+        return False, f"PyTorch was built with CUDA {torch_cuda}, but {found} (CUDACXX=... names another nvcc)"
     return True, "compiled"
+
+
+def nvcc_version(nvcc: str) -> str | None:
+    """The version that nvcc gives of itself, such as "13.0", or None if it does not run."""
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found[1] if found else None
+
+
+def parallel_level() -> str:
+    """How many files to compile at a time. ``--parallel`` without a number would let make start all of them at once."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(usable or 1)
 
 
 def find_tool(name: str) -> str | None:

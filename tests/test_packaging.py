@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.metadata
 import importlib.util
@@ -145,6 +146,24 @@ def test_damaged_files_are_a_reason_not_an_error(tmp_path: Path, report: str) ->
     assert "does not load" in status.reason
 
 
+@pytest.mark.parametrize(
+    ("text", "available", "said"),
+    [("compiler=gcc\n", True, "an older build: it lacks made_up, without CUDA code"), ("odd", False, "does not load")],
+)
+def test_an_older_or_odd_library_is_a_reason_not_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, available: bool, said: str
+) -> None:
+    import torch
+
+    (tmp_path / _native.LIBRARY).touch()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops.textok_fast, "build_info", lambda: text, raising=False)
+    monkeypatch.setattr(_native, "OPERATIONS", ("build_info", "made_up"))
+    status = _native.load_from(tmp_path)
+    assert status.available is available
+    assert said in status.reason and "build_info," not in status.reason
+
+
 def test_environment_switches_the_library_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEXTOK_NATIVE", "0")
     assert _native.load.__wrapped__() == _native.NativeStatus(False, "switched off by TEXTOK_NATIVE=0", {})
@@ -181,37 +200,117 @@ def test_every_source_package_is_installed(setup_script: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "nvcc", "torch_cuda", "expected"),
+    ("wish", "nvcc", "torch_cuda", "expected", "said"),
     [
-        (None, True, "13.0", True),
-        (None, True, None, False),
-        (None, False, "13.0", False),
-        ("1", True, None, True),
-        ("0", True, "13.0", False),
+        (None, "13.0", "13.0", True, "compiled"),
+        (None, "12.8", "12.6", True, "compiled"),
+        (None, "13.0", "12.8", False, "PyTorch was built with CUDA 12.8, but nvcc is of CUDA 13.0"),
+        (None, "broken", "13.0", False, "does not run"),
+        (None, "13.0", None, False, "CPU build"),
+        (None, "none", "13.0", False, "nvcc was not found"),
+        ("1", "13.0", None, True, "TEXTOK_CUDA=1"),
+        ("1", "13.0", "12.8", True, "TEXTOK_CUDA=1"),
+        ("0", "13.0", "13.0", False, "TEXTOK_CUDA=0"),
     ],
 )
 def test_cuda_code_is_built_when_it_can_be_used(
     setup_script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     wish: str | None,
-    nvcc: bool,
+    nvcc: str,
     torch_cuda: str | None,
     expected: bool,
+    said: str,
 ) -> None:
     monkeypatch.delenv("TEXTOK_CUDA", raising=False)
     if wish is not None:
         monkeypatch.setenv("TEXTOK_CUDA", wish)
     monkeypatch.delenv("CUDACXX", raising=False)
-    monkeypatch.setattr(setup_script.shutil, "which", lambda name, **_: "/somewhere/nvcc" if nvcc else None)
+    program = tmp_path / "nvcc"
+    program.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.88'\n")
+    program.chmod(0o644 if nvcc == "broken" else 0o755)
+    monkeypatch.setattr(setup_script.shutil, "which", lambda name, **_: None if nvcc == "none" else str(program))
     decision, why = setup_script.decide_cuda(torch_cuda)
     assert decision is expected
-    assert why
+    assert said in why
+    if nvcc == "broken":
+        monkeypatch.setenv("TEXTOK_CUDA", "1")
+        with pytest.raises(setup_script.CannotBuild, match="does not run"):
+            setup_script.decide_cuda(torch_cuda)
 
 
-def test_a_build_without_torch_says_how_to_get_it(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_torch_says_how_to_get_it(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup_script.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(setup_script.CannotBuild, match="--no-build-isolation"):
         setup_script.find_torch()
+    (tmp_path / "torch").mkdir()  # what an uninstall may leave
+    with pytest.raises(setup_script.CannotBuild, match="--no-build-isolation"):
+        setup_script.find_torch()
+
+
+def test_an_isolated_build_finds_the_installed_torch(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup_script.sysconfig, "get_path", {"platlib": str(tmp_path)}.__getitem__)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.12.1+cu130'\ncuda = '13.0'\n")
+    assert setup_script.find_torch() == (tmp_path / "torch", "2.12.1+cu130", "13.0")
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.10.0'\ncuda = None\n")
+    with pytest.raises(setup_script.CannotBuild, match=r"2\.10\.0 is older than 2\.11"):
+        setup_script.find_torch()
+
+
+class FakeBuild:
+    """What BuildNative.build_extension needs of itself, with a build that fails."""
+
+    def __init__(self, build_lib: Path, problem: Exception) -> None:
+        self.build_lib, self.problem = str(build_lib), problem
+
+    def build_native(self, target: Path) -> dict[str, object]:
+        raise self.problem
+
+
+@pytest.mark.parametrize("problem", ["CannotBuild", "FileNotFoundError", "StopIteration", "ValueError", "KeyError"])
+@pytest.mark.parametrize(
+    ("native", "cuda", "fails"), [(None, None, False), ("1", None, True), (None, "1", True), ("0", "1", False)]
+)
+def test_what_was_not_asked_for_may_fail(
+    setup_script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    problem: str,
+    native: str | None,
+    cuda: str | None,
+    fails: bool,
+) -> None:
+    for name, value in (("TEXTOK_NATIVE", native), ("TEXTOK_CUDA", cuda)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    error = setup_script.CannotBuild if problem == "CannotBuild" else getattr(builtins, problem)
+    build = FakeBuild(tmp_path, error("broken\ntool"))
+    report = tmp_path / "textok_fast" / setup_script.REPORT
+    if fails:
+        with pytest.raises(error, match="broken"):
+            setup_script.BuildNative.build_extension(build, None)
+        assert not report.exists()
+    else:
+        setup_script.BuildNative.build_extension(build, None)
+        found = json.loads(report.read_text(encoding="utf-8"))
+        assert found["built"] is False
+        assert "broken" in found["reason"] and "tool" in found["reason"] and "\n" not in found["reason"]
+
+
+def test_a_build_uses_the_cores_it_may_use(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
+    assert 1 <= int(setup_script.parallel_level()) <= (os.cpu_count() or 1)
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "3")
+    assert setup_script.parallel_level() == "3"
 
 
 def test_compiler_errors_become_one_line(setup_script: ModuleType) -> None:

@@ -16,6 +16,16 @@ from typing import Any
 PACKAGE_DIR = Path(__file__).resolve().parent
 LIBRARY = "libtextok_fast.so"
 REPORT = "_native_build.json"
+OPERATIONS = (  # what csrc/cpu/ops.cpp defines
+    "layer_norm_modulate",
+    "layer_norm_modulate_backward",
+    "gated_residual_layer_norm_modulate",
+    "gated_residual_layer_norm_modulate_backward",
+    "patchify_uint8",
+    "unpatchify_uint8",
+    "vq_nearest",
+    "guided_step",
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class NativeStatus:
     """``available``: the operations in ``torch.ops.textok_fast`` can be called. ``reason``: one line, why or why not.
 
     ``info`` is what the library says of itself: "compiler", "torch_target" (the oldest PyTorch it works with), "isa" (vector
-    extensions of this processor) and "cuda".
+    extensions of this processor), "kernels" (the compiled variant that runs), "cuda" and, with CUDA code, "cuda_ptx".
     """
 
     available: bool
@@ -50,12 +60,16 @@ def load_from(directory: Path) -> NativeStatus:
         import torch
 
         torch.ops.load_library(str(library))
-        text: str = torch.ops.textok_fast.build_info()
+        info = dict(line.split("=", 1) for line in torch.ops.textok_fast.build_info().splitlines())
+        missing = [name for name in OPERATIONS if not hasattr(torch.ops.textok_fast, name)]
     except Exception as error:  # a damaged file, a missing dependency, another PyTorch: the reference operations still work
         return NativeStatus(False, f"{library.name} does not load: {' '.join(str(error).split()) or type(error).__name__}")
-    info = dict(line.split("=", 1) for line in text.splitlines())
-    without_cuda = f", without CUDA code: {report.get('cuda') or 'reason unknown'}" if info["cuda"] == "no" else ""
-    return NativeStatus(True, f"loaded{without_cuda}", info)
+    reason = "loaded"
+    if missing:
+        reason += f", an older build: it lacks {', '.join(missing)}"
+    if info.get("cuda", "no") == "no":
+        reason += f", without CUDA code: {report.get('cuda') or 'reason unknown'}"
+    return NativeStatus(True, reason, info)
 
 
 def _read_report(file: Path) -> dict[str, Any]:

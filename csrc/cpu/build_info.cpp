@@ -2,8 +2,8 @@
 //
 // One "key=value" line each for: compiler, torch_target (the oldest PyTorch whose stable ABI it needs), isa (vector
 // extensions of this processor, asked at run time, because the library may run on another machine than the one that
-// built it), kernels (which of the compiled instruction sets runs, see isa.h) and cuda ("no", or the toolkit and the
-// architectures compiled in).
+// built it), kernels (which of the compiled instruction sets runs, see isa.h), cuda ("no", or the toolkit and the
+// architectures compiled in) and, with CUDA code, cuda_ptx (those of them that newer GPUs can run too).
 
 #include "ops.h"
 
@@ -65,7 +65,7 @@ std::string kernels() {
 
 std::string build_info() {
 #ifdef TEXTOK_WITH_CUDA
-  const std::string cuda = cuda_build();
+  const std::string cuda = cuda_build() + "\ncuda_ptx=" TEXTOK_CUDA_PTX;
 #else
   const std::string cuda = "no";
 #endif

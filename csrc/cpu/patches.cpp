@@ -16,6 +16,8 @@ namespace {
 
 // Patches of more than this leave the caches before anyone reads them: they are written past them.
 constexpr int64_t kStreamingBytes = 16 << 20;
+// Far above any picture's; 3 * p * p stays far below the largest int64_t.
+constexpr int64_t kLargestPatch = 1 << 15;
 
 const PatchesKernels::Functions& functions_for(ScalarType dtype) {
   const PatchesKernels& kernels = TEXTOK_CHOOSE(patches);
@@ -44,6 +46,7 @@ Tensor patchify_uint8(const Tensor& images, int64_t patch_size, ScalarType dtype
   check_dtype("images", images, ScalarType::Byte);
   STD_TORCH_CHECK(images.dim() == 4 && images.size(3) == 3, "images must be (B, H, W, 3)");
   const int64_t p = patch_size, height = images.size(1), width = images.size(2);
+  STD_TORCH_CHECK(p <= kLargestPatch, "patch_size ", p, " is larger than ", kLargestPatch);
   STD_TORCH_CHECK(p > 0 && height % p == 0 && width % p == 0, "patch_size ", p, " does not divide ", height, " x ", width);
   const PatchesKernels::Functions& functions = functions_for(dtype);
 
@@ -73,6 +76,7 @@ Tensor unpatchify_uint8(const Tensor& patches_, int64_t patch_size, int64_t rows
   const ScalarType dtype = patches_.scalar_type();
   const PatchesKernels::Functions& functions = functions_for(dtype);
   const int64_t p = patch_size;
+  STD_TORCH_CHECK(p <= kLargestPatch, "patch_size ", p, " is larger than ", kLargestPatch);
   STD_TORCH_CHECK(p > 0 && patches_.dim() == 3 && patches_.size(2) == 3 * p * p, "patches must be (B, N, 3 * p * p)");
   const int64_t count = patches_.size(1);
   STD_TORCH_CHECK(rows > 0 && count % rows == 0, count, " patches do not fill ", rows, " rows");

@@ -37,7 +37,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 // The tensor itself when the numbers of its last dimension lie next to each other, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline void check_cpu(const char* name, const Tensor& tensor) {

@@ -121,6 +121,13 @@ def test_rows_are_in_the_order_of_use() -> None:
     assert isinstance(moved, StepTable) and torch.equal(moved.table, steps.table)
 
 
+def test_scales_as_a_tensor() -> None:
+    diffusion, scales = GaussianDiffusion(respacing="3"), [3.0, 2.5, 2.0]
+    for given in (torch.tensor(scales), torch.tensor(scales, requires_grad=True), [torch.tensor(scale) for scale in scales]):
+        assert torch.equal(step_table(diffusion, "ddpm", given).table, step_table(diffusion, "ddpm", scales).table)
+    assert torch.equal(step_table(diffusion, "ddpm", torch.tensor(2)).table, step_table(diffusion, "ddpm", 2).table)
+
+
 def test_outside_the_interval_the_scale_is_1() -> None:
     steps = step_table(FlowMatching(), "euler", 3.0, (0.25, 0.75), steps=8)
     assert steps.times.tolist() == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
@@ -153,6 +160,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (flow, {"sampler": "euler", "steps": 2, "t_end": 1.0}, "times run from t_start down to t_end"),
         (gaussian, {"sampler": "ddim", "eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
         (gaussian, {"guidance_scale": [1.0, 2.0]}, "guidance_scale has 2 entries, wanted 4, one for each step"),
+        (gaussian, {"guidance_scale": torch.ones(3)}, "guidance_scale has 3 entries, wanted 4, one for each step"),
+        (gaussian, {"guidance_scale": torch.ones(4, 1)}, r"a number, or one for each step, got shape \(4, 1\)"),
+        (gaussian, {"guidance_scale": "strong"}, "a number, or one for each step, got 'strong'"),
+        (gaussian, {"guidance_scale": None}, "a number, or one for each step, got None"),
         (gaussian, {"interval": (3, 1)}, r"a guidance interval is \(low, high\) with low <= high"),
     ]
     for diffusion, options, message in wrong:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,14 @@ def test_the_reference_rounds_once(dtype: torch.dtype, digits: int) -> None:
     assert error.max() < 1.01 * 2.0**-digits  # half a unit in the last of so many binary digits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_in_float32_under_autocast_too(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 9, 2, 8).to(dtype) for _ in range(3))
+    wanted = attention_reference(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention_reference(q, k, v), wanted)
+
+
 @backends
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients(backend: str, masked: bool) -> None:
@@ -168,6 +176,7 @@ def choose(q: Tensor, keys: int | None = None, masked: bool = False) -> str:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """Makes tensors that think they lie on a GPU, where Triton runs and no flash-attn is installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     for state, value in (("triton", ""), ("flash", "none")):
         monkeypatch.setitem(dispatch._state, state, value)
     monkeypatch.setattr(dispatch, "_forced", {})
@@ -180,10 +189,13 @@ def test_the_cpu_gets_sdpa() -> None:
 
 
 def test_short_sequences_get_triton(gpu: Callable[..., Tensor]) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16):
         assert choose(gpu(1, 32, 16, 72, dtype=dtype)) == choose(gpu(1, 1024, 16, 72, dtype=dtype), keys=256) == "triton"
         assert choose(gpu(1, 256, 1, 128, dtype=dtype), masked=True) == "triton"
-    assert choose(gpu(1, 32, 16, 72, dtype=torch.float64)) == "sdpa"
+    for dtype in (torch.float32, torch.float64):  # without tensor cores, and not at all
+        assert choose(gpu(1, 32, 16, 72, dtype=dtype)) == choose(gpu(1, 1, 1, 16, dtype=dtype)) == "sdpa"
+    with ops.use_backend(attention="triton"):
+        assert choose(gpu(1, 32, 16, 72, dtype=torch.float32)) == "triton"
     assert choose(gpu(1, 257, 16, 72)) == choose(gpu(1, 32, 16, 136)) == choose(gpu(1, 32, 16, 72), keys=257) == "sdpa"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from textok_fast import ops
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch, linear
 from textok_fast.ops.fp8 import RowScaled, quantize_rows_reference
+from textok_fast.ops.library import interpreting
 
 GELU = {
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
@@ -112,6 +114,16 @@ def test_quantize_channels_scales_each_output_channel() -> None:
     assert values.float().abs().amax(dim=1).tolist() == [448, 448, 0, 448, 448, 448]
 
 
+def test_rows_whose_scale_would_be_zero_become_zeros() -> None:
+    x = torch.tensor([1e-45, 1e-43, 3e-43, 4e-43]).unsqueeze(1) * torch.tensor([1.0, 0.0, -1.0])
+    assert (x[:, 0] > 0).all()  # subnormal, and not flushed
+    values, scales = ops.quantize_rows(x)
+    assert scales.tolist() == [1.0, 1.0, 1.0, 2.0**-149]  # 4e-43 / 448 is nearer to the smallest float32 than to zero
+    wanted = torch.tensor([[0.0, 0.0, 0.0]] * 3 + [[288.0, 0.0, -288.0]])  # 4e-43 is 285 of the smallest
+    assert torch.equal(values.float(), wanted)
+    assert ops.fp8_linear(x, scaled(5, 3), dtype=torch.float32).isfinite().all()
+
+
 def test_bad_inputs_are_named() -> None:
     x, weight = torch.randn(3, 16), torch.randn(5, 16)
     with pytest.raises(InputError, match="approximate must be one of"):
@@ -120,6 +132,12 @@ def test_bad_inputs_are_named() -> None:
         ops.linear_gelu(x[:, :8], weight)
     with pytest.raises(InputError, match="weight must be"):
         ops.linear_gelu(x, weight[0])
+    for backend in ("reference", "triton") if interpreting() else ("reference",):
+        with ops.use_backend(linear_gelu=backend), pytest.raises(InputError, match=r"in at least 1, got \(5, 0\)"):
+            ops.linear_gelu(x[:, :0], weight[:, :0])
+    empty = [RowScaled(a.to(torch.float8_e4m3fn), torch.ones(len(a))) for a in (x[:, :0], weight[:, :0])]
+    with pytest.raises(InputError, match=r"in at least 1, got \(5, 0\)"):
+        ops.fp8_linear(*empty)
     with pytest.raises(InputError, match=r"bias must be \(out,\) = \(5,\), got \(3,\)"):
         ops.linear_gelu(x, weight, torch.randn(3))
     with pytest.raises(InputError, match="takes a float tensor"):
@@ -190,6 +208,13 @@ def test_scaled_mm_gets_the_layout_that_it_wants(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(out, ops.fp8_linear(x, weight))
 
 
+@pytest.mark.skipif(not linear.CPU_SCALED_MM, reason="torch._scaled_mm takes row-wise scales on a CPU from 2.13 on")
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
+def test_scaled_mm_of_no_rows(shape: tuple[int, ...]) -> None:
+    with ops.use_backend(fp8_linear="scaled_mm"):
+        assert ops.fp8_linear(quantize_rows_reference(torch.empty(shape)), scaled(32, 16)).shape == (*shape[:-1], 32)
+
+
 # -- choice ------------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +246,7 @@ def test_rules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, *shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = False) -> None:
             self.shape, self.dtype, self.requires_grad = shape, dtype, requires_grad
 
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     x, weight, bias = OnGpu(64, 16), OnGpu(32, 16), OnGpu(32)
     assert linear._cublaslt_rule(x, weight, bias, "tanh") == ""
     assert "tanh" in linear._cublaslt_rule(x, weight, bias, "none")
@@ -233,6 +259,11 @@ def test_rules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert linear._triton_default(x, trained, bias, "tanh") == ""
         assert linear._cublaslt_rule(x, trained, bias, "tanh") == ""
+        # Triton up to 128 rows in all; above, cuBLASLt where it takes them, else PyTorch.
+        assert linear._triton_default(OnGpu(4, 32, 16), weight, bias, "none") == ""
+        for large in (OnGpu(129, 16), OnGpu(5, 32, 16)):
+            assert "cuBLAS" in linear._triton_default(large, weight, bias, "none")
+            assert linear._triton_rule(large, weight, bias, "none") == linear._cublaslt_rule(large, weight, bias, "tanh") == ""
     assert "tensor cores" in linear._triton_default(OnGpu(64, 16, dtype=torch.float32), weight, bias, "tanh")
     assert linear._same_dtype_rule(OnGpu(4, 16, dtype=torch.float64), weight, bias).startswith("it takes")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)

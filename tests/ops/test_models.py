@@ -1,8 +1,12 @@
-"""Whole models on each backend: the same numbers, one compiled graph, gradients, and ONNX files of standard operators."""
+"""Whole models on each backend: the same numbers, one compiled graph, gradients, and ONNX files of standard operators.
+
+Forcing a backend for all operations lets those fall back that cannot take it, so each test also says which operations ran.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,51 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textok_fast import ops
 from textok_fast.config import DiTConfig
+from textok_fast.errors import InputError
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.ops import dispatch
+from textok_fast.ops.choices import choices
 
 BACKENDS = ["reference", "native", "triton"]
+NAMESPACES = {"native": "textok_fast", "triton": "textok_fast_triton"}
+NORMS = {"layer_norm_modulate", "gated_residual_layer_norm_modulate"}
+PIXELS = {"patchify_uint8", "unpatchify_uint8", "vq_nearest"}
+# What runs fused in a DiT, and in a TexTok with a codebook over uint8 pictures.
+IN_DIT = {"native": NORMS, "triton": NORMS | {"attention", "linear_gelu"}, "reference": set()}
+IN_TEXTOK = {
+    "native": {"gated_residual_layer_norm_modulate"} | PIXELS,
+    "triton": {"gated_residual_layer_norm_modulate", "attention", "linear_gelu"} | PIXELS,
+    "reference": set(),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of our operations that ran, by namespace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.setdefault(function.namespace, set()).add(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on(backend: str, wanted: dict[str, set[str]], backward: bool = False) -> Iterator[None]:
+    """Forces a backend, and sees that it ran ``wanted`` and nothing fused ran elsewhere."""
+    with ops.use_backend(backend), Recorder() as recorder:
+        yield
+    expected = wanted[backend] | ({f"{name}_backward" for name in wanted[backend] & NORMS} if backward else set())
+    fused = {name: seen for name, seen in recorder.seen.items() if name in NAMESPACES.values()}
+    assert fused == ({NAMESPACES[backend]: expected} if expected else {})
 
 
 def make_dit(**overrides: Any) -> DiT:
@@ -67,9 +107,9 @@ def test_a_dit_is_the_same_on_every_backend(backend: str, text_dim: int) -> None
     dit = make_dit(text_dim=text_dim)
     inputs = dit_inputs(dit)
     with torch.no_grad():
-        with ops.use_backend("reference"):
+        with on("reference", IN_DIT):
             wanted = dit.double()(*(cast(value) for value in inputs))
-        with ops.use_backend(backend):
+        with on(backend, IN_DIT):
             found = dit.float()(*inputs)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
 
@@ -87,7 +127,7 @@ def test_a_dit_has_the_same_gradients_on_every_backend(backend: str) -> None:
     found = {}
     for name in ("reference", backend):
         dit.zero_grad()
-        with ops.use_backend(name):
+        with on(name, IN_DIT, backward=True):
             dit(*inputs).square().sum().backward()
         found[name] = {key: value.grad for key, value in dit.named_parameters()}
     for key, wanted in found["reference"].items():
@@ -100,9 +140,10 @@ def test_a_tokenizer_is_the_same_on_every_backend(backend: str, bottleneck: str,
     model = Reconstruction(make_tokenizer(bottleneck=bottleneck))
     images, text = tokenizer_inputs()
     with torch.no_grad():
-        with ops.use_backend("reference"):
+        with on("reference", IN_TEXTOK):
             wanted = model(images, text)
-        with ops.use_backend(backend):
+        ran = IN_TEXTOK if bottleneck == "vq" else {name: names - {"vq_nearest"} for name, names in IN_TEXTOK.items()}
+        with on(backend, ran):
             found = model(images, text)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
     assert int((found[1].int() - wanted[1].int()).abs().max()) <= 1
@@ -122,9 +163,20 @@ def test_a_whole_model_is_one_compiled_graph(
     else:
         network = Reconstruction(make_tokenizer(bottleneck="vq", encoder_depth=1, decoder_depth=1))
         inputs = tokenizer_inputs()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compile_graph(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend(compiler)(graph, example)
+
     with torch.no_grad(), ops.use_backend(backend):
         wanted = network(*inputs)
-        found = torch.compile(network, fullgraph=True, backend=compiler)(*inputs)
+        found = torch.compile(network, fullgraph=True, backend=compile_graph)(*inputs)
+    assert len(graphs) == 1
+    names = {str(node.target) for node in graphs[0].graph.nodes if str(node.target).startswith("textok_fast")}
+    expected = (IN_DIT if model == "dit" else IN_TEXTOK)[backend]
+    assert {name.split(".")[1] for name in names} == expected
+    assert {name.split(".")[0] for name in names} == ({NAMESPACES[backend]} if expected else set())
     for mine, eager in zip(*(([out] if isinstance(out, Tensor) else list(out)) for out in (found, wanted)), strict=True):
         torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1 if mine.dtype == torch.uint8 else 1e-4)
 
@@ -180,9 +232,60 @@ def test_onnx_files_have_standard_operators_only(model: str, tmp_path: Path, mak
         np.testing.assert_allclose(mine.astype(np.float64), torchs.numpy().astype(np.float64), rtol=1e-3, atol=1e-3)
 
 
-def test_every_operation_has_its_reference_and_says_what_it_lacks() -> None:
-    names = dispatch.operations()
-    assert {"layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention", "linear_gelu", "fp8_linear"} <= set(names)
-    assert {"patchify_uint8", "unpatchify_uint8", "vq_nearest", "guided_step"} <= set(names)
-    for name in names:
-        assert dispatch.backends(name)["reference"] == ""
+def test_the_operations() -> None:
+    norms = {f"{name}{kind}" for name in NORMS for kind in ("", "_fp8")}
+    products = {"linear_gelu", "quantize_rows", "activate_quantize_rows", "fp8_linear", "fp8_linear_fp8"}
+    assert set(dispatch.operations()) == norms | products | PIXELS | {"attention", "guided_step"}
+    native = {name for name in dispatch.operations() if "native" in dispatch.backends(name)}
+    assert native == NORMS | PIXELS | {"guided_step"}
+    assert {name for name in dispatch.operations() if "triton" in dispatch.backends(name)} == set(dispatch.operations())
+    assert set(choices("cpu")) == set(dispatch.operations())  # what `textok-fast info` shows
+
+
+def test_derivatives_that_fused_operations_lack_are_the_references_or_an_error() -> None:
+    x, rows = torch.randn(2, 3, 8), torch.randn(2, 2, 8)
+
+    def function(x: Tensor) -> Tensor:
+        return ops.layer_norm_modulate(x, rows[0], rows[1])
+
+    with ops.use_backend("reference"):
+        _, wanted = torch.func.jvp(function, (x,), (torch.ones_like(x) * rows[0].unsqueeze(1),))
+        per_sample = torch.stack([function(x + i) for i in range(2)])
+    _, found = torch.func.jvp(function, (x,), (torch.ones_like(x) * rows[0].unsqueeze(1),))
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.func.vmap(function)(torch.stack([x, x + 1])), per_sample)
+    with ops.use_backend(layer_norm_modulate="native"), pytest.raises(InputError, match="forward-mode"):
+        torch.func.jvp(function, (x,), (x,))
+
+    x.requires_grad_()
+    for backend in ("native", "triton"):
+        with ops.use_backend(layer_norm_modulate=backend):
+            (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+                grad.square().sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dit_trains_under_autocast_on_a_gpu(backend: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    dit = make_dit(text_dim=8, width=64, num_tokens=33).cuda()
+    inputs = [move(value) for value in dit_inputs(dit)]
+    gradients = {}
+    for name in ("reference", backend):
+        dit.zero_grad()
+        network = torch.compile(dit, fullgraph=True) if compiled and name == backend else dit
+        with ops.use_backend(name), torch.autocast("cuda", torch.bfloat16):
+            loss = network(*inputs).float().square().mean()
+        loss.backward()
+        gradients[name] = {key: value.grad.clone() for key, value in dit.named_parameters() if value.grad is not None}
+    for key, wanted in gradients["reference"].items():
+        error = (gradients[backend][key] - wanted).norm() / (wanted.norm() + 1e-6)
+        assert error < 0.05, (key, float(error))
+
+
+def move(value: Any) -> Any:
+    return TextFeatures(value.features.cuda(), value.mask.cuda()) if isinstance(value, TextFeatures) else value.cuda()

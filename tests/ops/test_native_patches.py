@@ -161,6 +161,10 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         native.patchify_uint8(images, 3, torch.float32)
     with pytest.raises(RuntimeError, match="does not divide"):
         native.patchify_uint8(images, 0, torch.float32)
+    with pytest.raises(RuntimeError, match="patch_size 2147483648 is larger than 32768"):
+        native.patchify_uint8(images[:, :0], 2**31, torch.float32)  # 0 is a multiple of every number
+    with pytest.raises(RuntimeError, match="patch_size 4294967296 is larger than 32768"):
+        native.unpatchify_uint8(torch.zeros(1, 0, 0), 2**32, 1)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         native.patchify_uint8(images, 4, torch.float64)
     with pytest.raises(RuntimeError, match="images"):

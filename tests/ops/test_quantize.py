@@ -71,14 +71,27 @@ def test_a_nan_counts_as_nearest() -> None:
     assert vq_nearest_reference(x, codes).tolist() == [3, 0, 3, 3]
 
 
+def test_the_reference_is_in_float32_under_autocast_too() -> None:
+    x = torch.ones(1, 4)
+    codes = x * torch.tensor([[1.003], [1.001], [0.9985]])  # all the same to bfloat16, whose product lets the shortest win
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vq_nearest_reference(x, codes).tolist() == [1]
+        found = torch.compile(vq_nearest_reference, fullgraph=True, backend="aot_eager")(x, codes)
+    assert found.tolist() == [1]
+    assert vq_nearest_reference(x.to("meta"), codes.to("meta")).shape == (1,)  # a device without autocast
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for x, codes in (
         (torch.randn(2, 3), torch.randn(5, 4)),
         (torch.randn(2, 3), torch.randn(3)),
         (torch.randn(2, 3), torch.randn(0, 3)),
     ):
-        with pytest.raises(InputError, match=r"x must be \(\.\.\., d\) and the codebook \(K, d\), got \(2, 3\)"):
+        with pytest.raises(InputError, match=r"x must be \(\.\.\., d\) and the codebook \(K, d\), .* got \(2, 3\)"):
             ops.vq_nearest(x, codes)
+    for backend in ("reference", *(["native"] if has_native("vq_nearest") else [])):
+        with ops.use_backend(vq_nearest=backend), pytest.raises(InputError, match=r"K and d at least 1, got \(2, 0\)"):
+            ops.vq_nearest(torch.randn(2, 0), torch.randn(5, 0))
     assert ops.vq_nearest(torch.randn(0, 7, 3), torch.randn(5, 3)).shape == (0, 7)
 
 
@@ -97,7 +110,7 @@ def test_exported_as_standard_operators() -> None:
             return ops.vq_nearest(x, codes)
 
     program = torch.export.export(Nearest(), (torch.randn(2, 3, 4), torch.randn(9, 4)))
-    assert "textok" not in str(program.graph)
+    assert "textok" not in str(program.graph) and "autocast" not in str(program.graph)
 
 
 def test_choice_on_the_cpu() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +159,23 @@ def test_linear_gelu_gradients(approximate: str, with_bias: bool, device: torch.
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_gelu_gradients_of_gradients(approximate: str, with_bias: bool, device: torch.device) -> None:
+    shapes = ((2, 3, 40), (24, 40), (24,))[: 3 if with_bias else 2]
+    inputs = [(torch.randn(*shape, device=device) / 6).requires_grad_() for shape in shapes]
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        with ops.use_backend(linear_gelu=backend):
+            out = ops.linear_gelu(inputs[0], inputs[1], inputs[2] if with_bias else None, approximate)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+
+    for one, other in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert other.abs().max() > 0.1
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 # -- e4m3 --------------------------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +195,11 @@ def same_bits(got: RowScaled, wanted: RowScaled) -> None:
 
 
 def test_quantize_rows_of_extremes(device: torch.device) -> None:
-    x = torch.randn(8, 20, device=device)
+    x = torch.randn(10, 20, device=device)
     x[0] = 0
-    x[1] *= 1e-41  # subnormal: its scale is one or zero
+    x[1] *= 1e-41  # subnormal, and its scale a few of the smallest
+    x[8], x[9, 1:] = 0, 0
+    x[8, 3], x[9, 0] = 1e-45, -3e-43  # their scales would be zero
     x[2] *= 1e37
     x[4, 1:] = 0
     same_bits(ops.quantize_rows(x), quantize_rows_reference(x))
@@ -186,7 +207,20 @@ def test_quantize_rows_of_extremes(device: torch.device) -> None:
     got, wanted = ops.quantize_rows(x), quantize_rows_reference(x)
     torch.testing.assert_close(got.dequantize(), wanted.dequantize(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(got.scales, wanted.scales, rtol=0, atol=0, equal_nan=True)
-    assert not got.dequantize()[5:].isfinite().any()
+    assert not got.dequantize()[5:8].isfinite().any()
+    assert got.dequantize()[8:].count_nonzero() == 0
+
+
+def test_norms_quantize_rows_whose_scale_would_be_zero_alike(device: torch.device) -> None:
+    shift = torch.randn(4, 72, device=device).clamp(-1, 1)
+    shift[:, 0] = 1
+    shift *= torch.tensor([[1e-45], [3e-43], [4e-43], [1.0]], device=device)
+    shift[:, 1] = 0
+    x, scale = torch.randn(4, 1, 72, device=device), torch.full((4, 72), -1.0, device=device)  # hidden is shift
+    got = RowScaled(*torch.ops.textok_fast_triton.layer_norm_modulate_fp8(x, shift, scale, 1e-6))
+    wanted = quantize_rows_reference(shift.unsqueeze(1))
+    assert torch.equal(got.scales, wanted.scales) and got.scales[:2].flatten().tolist() == [1.0, 1.0]
+    assert torch.equal(got.values.float(), wanted.values.float()) and got.values.float().isfinite().all()
 
 
 def test_quantize_rows_reads_strided_rows(device: torch.device) -> None:
@@ -304,6 +338,38 @@ def test_compiles_whole(device: torch.device) -> None:
         assert torch.equal(got, wanted)
 
 
+def test_kernels_are_launched_on_the_device_of_their_tensors(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from textok_fast.ops.triton_kernels import linear as kernels
+
+    inside: list[Tensor] = []
+    launched: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                assert [tensor.device for tensor in inside] == [args[0].device]
+                launched.append(self.name)
+
+            return launch
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("product_kernel", "finish_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel(name))
+    a, b = scaled(3, 40, device), scaled(24, 40, device)
+    ops.fp8_linear(a, b, fp8=True)
+    ops.quantize_rows(a.dequantize())
+    assert launched == ["product_kernel", "finish_kernel", "finish_kernel"] and not inside
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +425,20 @@ def test_real_shapes(rows: int, inputs: int, outputs: int, device: torch.device)
         wanted = fp8_linear_reference(a, b, bias, activation, torch.float64)
         torch.testing.assert_close(out.double(), wanted, rtol=2**-6, atol=2**-6)
         torch.testing.assert_close(quantized.dequantize(torch.float64), wanted, rtol=2**-3, atol=2**-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one(device: torch.device) -> None:
+    other = torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    for rows in (5, 130):  # with sums in several parts, and without
+        x, weight, bias = (torch.randn(*shape, device=other).bfloat16() for shape in ((rows, 520), (24, 520), (24,)))
+        check_linear_gelu(x, weight / 20, bias, "tanh")
+        if torch.cuda.get_device_capability(other) >= (8, 9):
+            same_bits(ops.quantize_rows(x), quantize_rows_reference(x))
+            check_fp8(ops.quantize_rows(x), ops.quantize_channels(weight), bias, "gelu", torch.bfloat16)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

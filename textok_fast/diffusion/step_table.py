@@ -44,7 +44,7 @@ class StepTable(NamedTuple):
 def step_table(
     diffusion: GaussianDiffusion | FlowMatching,
     sampler: str = "ddpm",
-    guidance_scale: float | Sequence[float] = 1.0,
+    guidance_scale: float | Sequence[float] | Tensor = 1.0,
     interval: tuple[float, float] | None = None,
     *,
     eta: float = 0.0,
@@ -59,7 +59,7 @@ def step_table(
     Args:
         diffusion: the process that the model was trained with.
         sampler: "ddpm" or "ddim" for Gaussian diffusion, "euler" for flow matching.
-        guidance_scale: one, or one for each step in the order of use; 1 is the conditional output alone.
+        guidance_scale: one, or one for each step in the order of use, also as a tensor; 1 is the conditional output alone.
         interval: (low, high), inclusive, in the model's own time (arXiv 2404.07724): steps outside get scale 1.
         eta: of DDIM, in [0, 1]: 0 adds no noise.
         steps: how many, or a respacing of a Gaussian ``diffusion``; None takes that as it is. Euler needs a number.
@@ -90,13 +90,18 @@ def step_table(
     return StepTable(table.float(), times)
 
 
-def _scales(guidance_scale: float | Sequence[float], interval: tuple[float, float] | None, times: list[float]) -> list[float]:
-    if isinstance(guidance_scale, Sequence):
-        scales = [float(scale) for scale in guidance_scale]
-        if len(scales) != len(times):
-            raise InputError(f"guidance_scale has {len(scales)} entries, wanted {len(times)}, one for each step")
-    else:
-        scales = [float(guidance_scale)] * len(times)
+def _scales(
+    guidance_scale: float | Sequence[float] | Tensor, interval: tuple[float, float] | None, times: list[float]
+) -> list[float]:
+    try:
+        given = torch.as_tensor(guidance_scale, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"guidance_scale must be a number, or one for each step, got {guidance_scale!r}") from None
+    if given.ndim > 1:
+        raise InputError(f"guidance_scale must be a number, or one for each step, got shape {tuple(given.shape)}")
+    if given.ndim == 1 and len(given) != len(times):
+        raise InputError(f"guidance_scale has {len(given)} entries, wanted {len(times)}, one for each step")
+    scales: list[float] = given.expand(len(times)).tolist()
     if interval is None:
         return scales
     low, high = interval

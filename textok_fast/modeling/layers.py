@@ -12,6 +12,13 @@ from textok_fast import ops
 from textok_fast.modeling.text_encoders import TextFeatures
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading the weights of ``module`` is the same as calling it: nobody has replaced it (LoRA, quantization), hung a
+    hook on it (offloading, pruning) or made its weight something else than a tensor (torchao, DTensor)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks and type(module.weight) in (Tensor, nn.Parameter)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed projection of width 3 D."""
 
@@ -23,8 +30,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """x (B, N, D), mask (B, N) bool over keys -> (B, N, D), or only the ``rows`` of it (B, N_rows, D)."""
-        if rows is None:
-            return self.proj(ops.short_attention(self.qkv(x), self.heads, mask))
+        if rows is None or not is_plain(self.qkv, nn.Linear):
+            return self.proj(ops.short_attention(self.qkv(x), self.heads, mask, rows))
         # Rows that nobody reads need keys and values, but no query.
         width = x.shape[-1]
         q = F.linear(x[:, rows], self.qkv.weight[:width], self.qkv.bias[:width])  # (B, N_rows, D)
@@ -61,7 +68,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate))
+        if is_plain(self.fc1, nn.Linear):
+            return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class ViTBlock(nn.Module):
@@ -89,7 +98,10 @@ class ViTBlock(nn.Module):
 
 def add_and_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x + gate * branch and its LayerNorm, both (B, N, D); gate (B, D), or None for 1."""
-    return ops.gated_residual_layer_norm(x, branch, gate, norm.weight, norm.bias, norm.eps)
+    if is_plain(norm, nn.LayerNorm):
+        return ops.gated_residual_layer_norm(x, branch, gate, norm.weight, norm.bias, norm.eps)
+    x = x + (branch if gate is None else gate.unsqueeze(1) * branch)  # (B, N, D)
+    return x, norm(x)
 
 
 def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:

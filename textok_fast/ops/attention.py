@@ -20,14 +20,16 @@ from torch import Tensor
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register, register_backend
-from textok_fast.ops.library import define, interpreting, library
+from textok_fast.ops.fp8 import without_autocast
+from textok_fast.ops.library import define, library, triton_runs_on
 
 MAX_KEYS = 256  # what the Triton kernel takes
 MAX_HEAD_DIM = 128
 HALVES = (torch.bfloat16, torch.float16)
 
-# What is chosen without being forced. Nothing of it is measured yet: benchmarks/PENDING.md says how.
-TRITON_UP_TO = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 256}  # dtype -> keys up to which Triton is chosen
+# What is chosen without being forced. Nothing of it is measured yet: benchmarks/PENDING.md says how. In float32 Triton's exact
+# products do without tensor cores, which is no reason to prefer it to torch's.
+TRITON_UP_TO = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 0}  # dtype -> keys up to which Triton is chosen
 FLASH_ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}  # major compute capability -> flash-attn's generation
 FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}  # each has flash_attn_func
 FLASH_OPERATORS = {2: "flash_attn", 3: "flash_attn_3"}  # torch.ops namespaces of those that torch.compile can trace
@@ -36,9 +38,10 @@ FLASH_OPERATORS = {2: "flash_attn", 3: "flash_attn_3"}  # torch.ops namespaces o
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """:func:`attention` as its formula, in float32 (float64 for float64)."""
+    """:func:`attention` as its formula, in float32 (float64 for float64), under autocast too."""
     q, k, v, dtype = *(_by_head(part) for part in (q, k, v)), q.dtype  # (B, H, N, D)
-    out = _weights(q, k, mask) @ v  # (B, H, N_q, D)
+    with without_autocast(q):
+        out = _weights(q, k, mask) @ v  # (B, H, N_q, D)
     return out.transpose(1, 2).flatten(2).to(dtype)  # (B, N_q, H * D)
 
 
@@ -170,8 +173,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _triton_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    if not (q.is_cuda or (q.is_cpu and interpreting())):
-        return f"no Triton on {q.device.type}"
+    if reason := triton_runs_on(q):
+        return reason
     if q.dtype not in TRITON_UP_TO:
         return f"it takes float32, bfloat16 and float16, got {describe(q)}"
     if not 1 <= k.shape[1] <= MAX_KEYS or not 1 <= q.shape[3] <= MAX_HEAD_DIM:

@@ -7,7 +7,8 @@ The environment variable ``TEXTOK_OPS``, read when the process starts, and :func
 - ``TEXTOK_OPS=attention=sdpa,vq_nearest=reference``: these operations strictly; inputs the backend does not take are an error.
 
 Everything here is plain Python over module dictionaries, so that torch.compile traces through it and guards on it: a graph is
-compiled again after the choice has changed. While a model is exported every operation is its reference, unless forced.
+compiled again after the choice has changed. While a model is exported or traced every operation is its reference, unless
+forced. Inside torch.func and forward-mode differentiation it always is; there an operation forced strictly is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from textok_fast.errors import InputError
 
@@ -71,17 +73,20 @@ def choose(operation: str, *args: Any) -> str:
     """
     rules = _rules[operation]
     strict = _forced.get(operation)
+    transformed = _is_transformed()
     if strict is not None:
         if strict == REFERENCE:
             return REFERENCE
-        reason = rules[strict](*args)
+        reason = "it has no rules for torch.func and forward-mode differentiation" if transformed else rules[strict](*args)
         if reason:
             raise InputError(f"{operation}: the forced backend {strict!r} does not take these inputs: {reason}")
         return strict
+    if transformed:
+        return REFERENCE
     wanted = _forced.get("*")
     if wanted is not None and (wanted == REFERENCE or (wanted in rules and not rules[wanted](*args))):
         return wanted
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return REFERENCE
     defaults = _defaults.get(operation, {})
     for backend, rule in rules.items():
@@ -90,9 +95,21 @@ def choose(operation: str, *args: Any) -> str:
     return REFERENCE
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) or forward-mode differentiation is at work.
+
+    Fused operations have no rules for them, and would give zero derivatives without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 @contextmanager
 def use_backend(backend: str | None = None, **operations: str) -> Iterator[None]:
-    """Forces backends in the whole process: ``use_backend("reference")``, ``use_backend(attention="sdpa")``, or both.
+    """Forces backends: ``use_backend("reference")``, ``use_backend(attention="sdpa")``, or both.
+
+    It holds in the whole process, for all threads; enter it in one thread at a time.
 
     Args:
         backend: for every operation that has it and wherever it takes the inputs.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ MAX_COLUMNS = 16384  # a row must fit one Triton program
 class RowScaled(NamedTuple):
     """``values.float() * scales.unsqueeze(-1)`` is what is meant.
 
-    ``values`` (..., D) float8_e4m3fn; ``scales`` (...) float32, the row's largest magnitude / 448, and 1 for a row of zeros.
+    ``values`` (..., D) float8_e4m3fn; ``scales`` (...) float32, the row's largest magnitude / 448, and 1 where
+    that is zero: for a row of zeros, and of numbers below 3e-43, which become zeros.
     """
 
     values: Tensor
@@ -29,14 +31,21 @@ class RowScaled(NamedTuple):
         return (self.values.float() * self.scales.unsqueeze(-1)).to(dtype)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For references, which compute in the dtype that they name. Nothing where autocast is off: exported graphs stay plain."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
 def quantize_rows_reference(x: Tensor) -> RowScaled:
     """x (..., D) float -> values round(x / scale) to e4m3, nearest even, with scale = max |x| / 448 of each row, in float32.
 
     A row with a NaN or an infinity gets that as its scale: no value in it is finite again, as in the unquantized row.
     """
     x = x.float()
-    largest = x.abs().amax(dim=-1)  # (...)
-    scales = torch.where(largest > 0, largest / E4M3_MAX, torch.where(largest == 0, 1.0, largest))  # NaN stays NaN
+    scales = x.abs().amax(dim=-1) / E4M3_MAX  # (...)
+    scales = torch.where(scales == 0, 1.0, scales)  # NaN stays NaN; a quotient below the smallest float32 is zero too
     values = (x / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return RowScaled(values, scales)
 

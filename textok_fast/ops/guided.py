@@ -8,7 +8,7 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
-from textok_fast.ops.library import define, has_native, has_native_cuda, interpreting, library
+from textok_fast.ops.library import define, has_native, library, native_runs_on, triton_runs_on
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the reference also takes float64
 COLUMNS = 8  # of a table's row: scale, kx, km, a, b, low and high log-variance, noise factor
@@ -138,8 +138,8 @@ def _check(output: Tensor, x: Tensor, table: Tensor, index: Tensor, noise: Tenso
 def _native_rule(output: Tensor, x: Tensor, noise: Tensor | None, table: Tensor, index: Tensor, *options: int) -> str:
     if not has_native("guided_step"):
         return "the native library is not loaded"
-    if not (x.is_cpu or (x.is_cuda and has_native_cuda())):
-        return f"no native code for {x.device.type}"
+    if reason := native_runs_on(x):
+        return reason
     state = FLOAT_DTYPES if x.is_cuda else (torch.float32, torch.bfloat16)  # no sampler keeps its state in float16 on a CPU
     if output.dtype not in FLOAT_DTYPES or any(tensor is not None and tensor.dtype not in state for tensor in (x, noise)):
         return f"it takes float32 and bfloat16 (float16: output, on CUDA all), got {describe(output)} and {describe(x)}"
@@ -147,8 +147,8 @@ def _native_rule(output: Tensor, x: Tensor, noise: Tensor | None, table: Tensor,
 
 
 def _triton_rule(output: Tensor, x: Tensor, noise: Tensor | None, table: Tensor, index: Tensor, *options: int) -> str:
-    if not (x.is_cuda or (x.is_cpu and interpreting())):
-        return f"no Triton on {x.device.type}"
+    if reason := triton_runs_on(x):
+        return reason
     if any(tensor is not None and tensor.dtype not in FLOAT_DTYPES for tensor in (output, x, noise)):
         return f"it takes float32, bfloat16 and float16, got {describe(output)} and {describe(x)}"
     if x.numel() < 1 or output.numel() > 2**30:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from textok_fast import _native
 from textok_fast.ops.dispatch import register_backend
@@ -38,7 +40,20 @@ class Definition:
 
 _definitions: dict[str, Definition] = {}
 _in_native: set[str] = set()  # names of those that the native library has
-_NATIVE_CUDA = _native.load().info.get("cuda", "no") != "no"
+
+
+def _native_capabilities(info: dict[str, str]) -> tuple[frozenset[int], int]:
+    """Compute capabilities, 10 * major + minor, that the native library runs on, and one from which on its PTX serves all.
+
+    Machine code serves the later minor versions too, except that of Hopper, which is sm_90a's. ``info["cuda"]`` is such as
+    "13.0 (80,90,100,120)", ``info["cuda_ptx"]`` such as "90,120".
+    """
+    compiled = [int(number) for number in re.findall(r"\d+(?=[,)])", info.get("cuda", ""))]
+    served = {later for number in compiled for later in ([90] if number == 90 else range(number, number - number % 10 + 10))}
+    return frozenset(served), min(map(int, re.findall(r"\d+", info.get("cuda_ptx", ""))), default=1_000_000)
+
+
+_NATIVE_CAPABILITIES, _NATIVE_PTX = _native_capabilities(_native.load().info)
 _triton_library: list[torch.library.Library] = []  # keeps what was registered alive
 
 
@@ -60,6 +75,15 @@ def define(
     if _native.load().available and hasattr(torch.ops.textok_fast, name):
         _in_native.add(name)
         _attach(NATIVE, definition)
+
+
+def refuse_second_derivative(namespace: Any, ctx: Any, *grads: Any) -> Any:
+    """The derivative of a derivative's kernel: there is none, and without this it would be zero without a word."""
+    raise RuntimeError("fused operations cannot be differentiated twice; use textok_fast.ops.use_backend('reference')")
+
+
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The ``setup_context`` that goes with :func:`refuse_second_derivative`."""
 
 
 def implement_triton(name: str, function: Callable[..., Any]) -> None:
@@ -93,7 +117,30 @@ def has_native(name: str) -> bool:
 
 def has_native_cuda() -> bool:
     """Whether the native library is loaded and was built with its CUDA part."""
-    return _NATIVE_CUDA
+    return bool(_NATIVE_CAPABILITIES)
+
+
+def native_runs_on(x: Tensor) -> str:
+    """Why the native library has no code for the device of ``x``, or ""."""
+    if x.is_cpu:
+        return ""
+    if not x.is_cuda or not _NATIVE_CAPABILITIES:
+        return f"it has no code for {x.device.type}"
+    properties = torch.cuda.get_device_properties(x.device)  # a constant to torch.compile
+    capability = 10 * properties.major + properties.minor
+    if capability in _NATIVE_CAPABILITIES or capability >= _NATIVE_PTX:
+        return ""
+    return f"it was not compiled for GPUs of compute capability {properties.major}.{properties.minor}"
+
+
+def triton_runs_on(x: Tensor) -> str:
+    """Why the Triton kernels do not run on the device of ``x``, or ""."""
+    if x.is_cpu and interpreting():
+        return ""
+    if not x.is_cuda:
+        return f"no Triton on {x.device.type}"
+    major = torch.cuda.get_device_properties(x.device).major
+    return "" if major >= 8 else f"its kernels need compute capability 8.0, this GPU has {major}.x"
 
 
 def interpreting() -> bool:
@@ -115,8 +162,11 @@ def load_triton() -> str:
         return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     if not interpreting() and not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return "Triton needs a C compiler to launch kernels, and none is on PATH"
-    for module in KERNELS:
-        import_module(f"textok_fast.ops.triton_kernels.{module}")
+    try:
+        for module in KERNELS:
+            import_module(f"textok_fast.ops.triton_kernels.{module}")
+    except Exception as error:  # a Triton that is too old, or broken, must not keep the references from working
+        return f"its kernels cannot be imported: {' '.join(str(error).split()) or type(error).__name__}"
     return ""
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
-from textok_fast.ops.fp8 import MAX_COLUMNS, RowScaled, lacks_e4m3, quantize_rows, quantize_rows_reference
-from textok_fast.ops.library import define, interpreting, library
+from textok_fast.ops.fp8 import MAX_COLUMNS, RowScaled, lacks_e4m3, quantize_rows, quantize_rows_reference, without_autocast
+from textok_fast.ops.library import define, library, triton_runs_on
 
 APPROXIMATIONS = ("none", "tanh")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
@@ -51,7 +51,7 @@ def fp8_linear_reference(
 ) -> Tensor:
     """:func:`fp8_linear` in PyTorch: everything in float32 (float64 for ``dtype`` float64), then rounded to ``dtype``."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(x.values.device.type, enabled=False):
+    with without_autocast(x.values):
         product = F.linear(x.values.to(compute), weight.values.to(compute))  # (..., out)
     out = product * x.scales.to(compute).unsqueeze(-1) * weight.scales.to(compute)
     if bias is not None:
@@ -91,7 +91,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     if backend == "cublaslt":
         flat = x.reshape(-1, x.shape[-1])  # (M, in)
         out = torch.ops.aten._addmm_activation(bias, flat, weight.t(), use_gelu=True)  # (M, out)
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], weight.shape[0])
     return library(backend).linear_gelu(x, weight, bias, approximate)
 
 
@@ -168,8 +168,8 @@ def fp8_linear(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2:
-        raise InputError(f"weight must be (out, in), got {tuple(weight.shape)}")
+    if weight.ndim != 2 or not weight.shape[1]:
+        raise InputError(f"weight must be (out, in), in at least 1, got {tuple(weight.shape)}")
     if not x.ndim or x.shape[-1] != weight.shape[1]:
         raise InputError(f"x must be (..., in) = (..., {weight.shape[1]}), got {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -200,7 +200,7 @@ def _scaled_mm(x: RowScaled, weight: RowScaled, bias: Tensor | None) -> Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # (M, out)
-    return out.reshape(*x.values.shape[:-1], -1)
+    return out.reshape(*x.values.shape[:-1], weight.values.shape[0])
 
 
 def _activate_and_quantize_rows(x: Tensor, activation: str) -> RowScaled:
@@ -256,8 +256,8 @@ def _cublaslt_rule(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: 
 
 
 def _triton_rule(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> str:
-    if not (x.is_cuda or (x.is_cpu and interpreting())):
-        return f"no Triton on {x.device.type}"
+    if reason := triton_runs_on(x):
+        return reason
     return _same_dtype_rule(x, weight, bias) or _autocast_rule(x)
 
 
@@ -266,7 +266,11 @@ def _triton_default(x: Tensor, weight: Tensor, bias: Tensor | None, approximate:
         return "interpreted kernels only check numbers"
     if x.dtype not in HALF:
         return "in float32 it does without tensor cores"
-    return "the reference keeps more for the backward pass" if needs_gradient(x, weight, bias) else ""
+    if needs_gradient(x, weight, bias):
+        return "the reference keeps more for the backward pass"
+    # Skinny products are split along ``in`` so that enough programs read the weight at once; larger ones are cuBLAS's ground.
+    # Not measured yet: benchmarks/PENDING.md lists the measurement.
+    return "" if math.prod(x.shape[:-1]) <= SKINNY_ROWS else f"above {SKINNY_ROWS} rows cuBLAS multiplies"
 
 
 def _fp8_rule(

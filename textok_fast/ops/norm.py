@@ -12,9 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textok_fast.errors import InputError
-from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
+from textok_fast.ops.dispatch import REFERENCE, choose, describe, one_device, register
 from textok_fast.ops.fp8 import RowScaled, lacks_e4m3, quantize_rows_reference
-from textok_fast.ops.library import define, has_native, has_native_cuda, interpreting, library
+from textok_fast.ops.library import (
+    define,
+    has_native,
+    library,
+    native_runs_on,
+    refuse_second_derivative,
+    save_nothing,
+    triton_runs_on,
+)
 
 # -- references --------------------------------------------------------------------------------------------------------------
 
@@ -22,7 +30,7 @@ from textok_fast.ops.library import define, has_native, has_native_cuda, interpr
 def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """:func:`layer_norm_modulate` in PyTorch."""
     normalized = F.layer_norm(x, (x.shape[-1],), eps=eps)  # (B, N, D)
-    return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return (normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
 
 
 def gated_residual_layer_norm_modulate_reference(
@@ -38,11 +46,11 @@ def gated_residual_layer_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual_layer_norm` in PyTorch."""
     residual = _add_branch(x, branch, gate)  # (B, N, D)
-    return residual, F.layer_norm(residual, (x.shape[-1],), weight, bias, eps)
+    return residual, F.layer_norm(residual, (x.shape[-1],), weight, bias, eps).to(x.dtype)
 
 
 def _add_branch(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    return x + (branch if gate is None else gate.unsqueeze(1) * branch)  # (B, N, D)
+    return (x + (branch if gate is None else gate.unsqueeze(1) * branch)).to(x.dtype)  # (B, N, D)
 
 
 # -- public functions --------------------------------------------------------------------------------------------------------
@@ -67,9 +75,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     """
     _check(x, shift=shift, scale=scale)
     if fp8:
+        x, shift, scale = x.detach(), shift.detach(), scale.detach()
         backend = choose("layer_norm_modulate_fp8", x, shift, scale)
         if backend == REFERENCE:
-            return quantize_rows_reference(layer_norm_modulate_reference(x, shift, scale, eps).detach())
+            return quantize_rows_reference(layer_norm_modulate_reference(x, shift, scale, eps))
         return RowScaled(*library(backend).layer_norm_modulate_fp8(x, shift, scale, eps))
     backend = choose("layer_norm_modulate", x, shift, scale)
     if backend == REFERENCE:
@@ -108,10 +117,12 @@ def gated_residual_layer_norm_modulate(
     """
     _check(x, branch, gate=gate, shift=shift, scale=scale)
     if fp8:
+        x, branch, shift, scale = x.detach(), branch.detach(), shift.detach(), scale.detach()
+        gate = None if gate is None else gate.detach()
         backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, gate, shift, scale)
         if backend == REFERENCE:
             residual, hidden = gated_residual_layer_norm_modulate_reference(x, branch, gate, shift, scale, eps)
-            return residual.detach(), quantize_rows_reference(hidden.detach())
+            return residual, quantize_rows_reference(hidden)
         fused = library(backend).gated_residual_layer_norm_modulate_fp8
         residual, values, scales = fused(x, branch, gate, shift, scale, 1.0, eps)
         return residual, RowScaled(values, scales)
@@ -159,10 +170,12 @@ def gated_residual_layer_norm(
         raise InputError(f"weight and bias must be ({x.shape[-1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
     scale, shift = weight.expand(x.shape[0], -1), bias.expand(x.shape[0], -1)  # (B, D), the batch's stride is 0
     if fp8:
+        x, branch, shift, scale = x.detach(), branch.detach(), shift.detach(), scale.detach()
+        gate = None if gate is None else gate.detach()
         backend = choose("gated_residual_layer_norm_modulate_fp8", x, branch, gate, shift, scale)
         if backend == REFERENCE:
-            residual, hidden = gated_residual_layer_norm_reference(x, branch, gate, weight, bias, eps)
-            return residual.detach(), quantize_rows_reference(hidden.detach())
+            residual, hidden = gated_residual_layer_norm_reference(x, branch, gate, weight.detach(), bias.detach(), eps)
+            return residual, quantize_rows_reference(hidden)
         fused = library(backend).gated_residual_layer_norm_modulate_fp8
         residual, values, scales = fused(x, branch, gate, shift, scale, 0.0, eps)
         return residual, RowScaled(values, scales)
@@ -188,8 +201,8 @@ def _check(x: Tensor, branch: Tensor | None = None, **rows: Tensor | None) -> No
 def _native_rule(x: Tensor, *others: Tensor | None) -> str:
     if not has_native("gated_residual_layer_norm_modulate"):
         return "the native library is not loaded"
-    if not (x.is_cpu or (x.is_cuda and has_native_cuda())):
-        return f"no native code for {x.device.type}"
+    if reason := native_runs_on(x):
+        return reason
     given = [tensor for tensor in others if tensor is not None]
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.bfloat16)
     if x.dtype not in dtypes or any(tensor.dtype != x.dtype for tensor in given):
@@ -199,8 +212,8 @@ def _native_rule(x: Tensor, *others: Tensor | None) -> str:
 
 
 def _triton_rule(x: Tensor, *others: Tensor | None) -> str:
-    if not (x.is_cuda or (x.is_cpu and interpreting())):
-        return f"no Triton on {x.device.type}"
+    if reason := triton_runs_on(x):
+        return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {describe(x)}"
     if any(t is not None and torch.promote_types(t.dtype, x.dtype) != x.dtype for t in others):
@@ -211,8 +224,6 @@ def _triton_rule(x: Tensor, *others: Tensor | None) -> str:
 
 
 def _triton_fp8_rule(x: Tensor, *others: Tensor | None) -> str:
-    if needs_gradient(x, *others):
-        return "an FP8 result has no gradient; call it under torch.no_grad()"
     return _triton_rule(x, *others) or lacks_e4m3(x)
 
 
@@ -283,7 +294,8 @@ def _fake_gated_backward(
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, gate, _, scale, ctx.offset, ctx.eps = inputs
-    ctx.save_for_backward(output[0], branch, gate, scale)
+    # Without a gate the derivative does not read the branch, so it is not kept: the residual stands in its place.
+    ctx.save_for_backward(output[0], output[0] if gate is None else branch, gate, scale)
 
 
 def _backward_gated(namespace: Any, ctx: Any, grad_residual: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,6 +313,8 @@ define(
     "layer_norm_modulate_backward",
     "(Tensor grad, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    save_nothing,
+    refuse_second_derivative,
 )
 define("layer_norm_modulate_fp8", "(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)", _fake_fp8)
 define(
@@ -315,6 +329,8 @@ define(
     "(Tensor grad_residual, Tensor grad, Tensor residual, Tensor branch, Tensor? gate, Tensor scale, float offset, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_gated_backward,
+    save_nothing,
+    refuse_second_derivative,
 )
 define(
     "gated_residual_layer_norm_modulate_fp8",

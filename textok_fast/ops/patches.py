@@ -12,7 +12,7 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, register
-from textok_fast.ops.library import define, has_native, interpreting, library
+from textok_fast.ops.library import define, has_native, library, triton_runs_on
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references also take float64
 
@@ -125,8 +125,8 @@ def _native_rule(tensor: Tensor, dtype: torch.dtype) -> str:
 
 
 def _triton_rule(tensor: Tensor, dtype: torch.dtype) -> str:
-    if not (tensor.is_cuda or (tensor.is_cpu and interpreting())):
-        return f"no Triton on {tensor.device.type}"
+    if reason := triton_runs_on(tensor):
+        return reason
     if dtype not in FLOAT_DTYPES:
         return f"it takes float32, bfloat16 and float16, got {dtype}"
     return "" if 0 < tensor.numel() <= 2**30 else f"it takes 1 to 2**30 elements, got {tensor.numel()}"

@@ -8,17 +8,19 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, one_device, register
-from textok_fast.ops.library import define, has_native, interpreting, library
+from textok_fast.ops.fp8 import without_autocast
+from textok_fast.ops.library import define, has_native, library, triton_runs_on
 
 
 def vq_nearest_reference(x: Tensor, codebook: Tensor, normalize: bool = False) -> Tensor:
-    """:func:`vq_nearest` in PyTorch: through the whole matrix of distances."""
+    """:func:`vq_nearest` in PyTorch: through the whole matrix of distances, in float32 under autocast too."""
     flat = x.reshape(-1, x.shape[-1]).float()  # (M, d)
     codes = codebook.float()
     if normalize:
         flat, codes = F.normalize(flat, dim=-1), F.normalize(codes, dim=-1)
     # |x|^2 is the same for every code and is left out.
-    distance = codes.square().sum(-1) - 2 * flat @ codes.t()  # (M, K)
+    with without_autocast(x):
+        distance = codes.square().sum(-1) - 2 * flat @ codes.t()  # (M, K)
     return torch.argmin(distance, dim=-1).reshape(x.shape[:-1])
 
 
@@ -32,10 +34,12 @@ def vq_nearest(x: Tensor, codebook: Tensor, normalize: bool = False) -> Tensor:
         codebook: (K, d), float.
 
     Returns: (...) int64, the lowest index among equally near codes. A distance that is NaN counts as the smallest.
-    Raises: InputError for shapes that do not belong together, and an empty codebook.
+    Raises: InputError for shapes that do not belong together, an empty codebook, and vectors of no numbers.
     """
-    if codebook.ndim != 2 or codebook.shape[0] < 1 or x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
-        raise InputError(f"x must be (..., d) and the codebook (K, d), got {tuple(x.shape)} and {tuple(codebook.shape)}")
+    if codebook.ndim != 2 or 0 in codebook.shape or x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
+        raise InputError(
+            f"x must be (..., d) and the codebook (K, d), K and d at least 1, got {tuple(x.shape)} and {tuple(codebook.shape)}"
+        )
     backend = choose("vq_nearest", x, codebook, normalize)
     if backend == REFERENCE:
         return vq_nearest_reference(x, codebook, normalize)
@@ -56,8 +60,8 @@ def _native_rule(x: Tensor, codebook: Tensor, normalize: bool) -> str:
 
 
 def _triton_rule(x: Tensor, codebook: Tensor, normalize: bool) -> str:
-    if not (x.is_cuda or (x.is_cpu and interpreting())):
-        return f"no Triton on {x.device.type}"
+    if reason := triton_runs_on(x):
+        return reason
     if not x.is_floating_point() or not codebook.is_floating_point() or torch.float64 in (x.dtype, codebook.dtype):
         return f"it takes float32, bfloat16 and float16, got {describe(x)} and {describe(codebook)}"
     if not 0 < x.numel() <= 2**30 or not 0 < codebook.numel() <= 2**30:

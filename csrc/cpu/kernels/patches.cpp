@@ -3,6 +3,8 @@
 
 #include "patches.h"
 
+#include <stddef.h>
+
 #include "half.h"
 #include "vec.h"
 

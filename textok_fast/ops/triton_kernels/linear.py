@@ -170,7 +170,8 @@ def finish_kernel(
     if QUANTIZE:
         # As quantize_rows_reference, to the bit: exact divisions, and a NaN, which tl.max passes over, kept.
         largest = tl.max(tl.abs(total), axis=0)
-        scale = tl.where(largest > 0, tl.div_rn(largest, 448.0), 1.0)
+        scale = tl.div_rn(largest, 448.0)
+        scale = tl.where(scale > 0, scale, 1.0)
         scale = tl.where(tl.max((total != total).to(tl.int32), axis=0) > 0, float("nan"), scale)
         total = tl.div_rn(total, scale)
         total = tl.where(total > 448.0, 448.0, total)
@@ -312,23 +313,24 @@ def _product(
     else:
         product = x.new_empty((rows, outputs), dtype=torch.bfloat16) if quantize else out
     grid = (triton.cdiv(rows, chosen.block_m) * triton.cdiv(outputs, chosen.block_n), chosen.splits)
-    product_kernel[grid](
-        x,
-        weight,
-        x_scale,
-        weight_scale,
-        given_bias,
-        product,
-        rows,
-        outputs,
-        inputs,
-        x.stride(0),
-        weight.stride(0),
-        triton.cdiv(triton.cdiv(inputs, chosen.block_k), chosen.splits),
-        **product_options(chosen, inputs, scales is not None, bias is not None, activation, parts),
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        product_kernel[grid](
+            x,
+            weight,
+            x_scale,
+            weight_scale,
+            given_bias,
+            product,
+            rows,
+            outputs,
+            inputs,
+            x.stride(0),
+            weight.stride(0),
+            triton.cdiv(triton.cdiv(inputs, chosen.block_k), chosen.splits),
+            **product_options(chosen, inputs, scales is not None, bias is not None, activation, parts),
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )
     if parts:
         options = finish_options(outputs, chosen.splits, scales is not None, bias is not None, activation, quantize)
     elif quantize:
@@ -342,19 +344,20 @@ def _finish(
     x: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor, out: Tensor, out_scale: Tensor | None, options: dict[str, Any]
 ) -> None:
     rows, columns = out.shape
-    finish_kernel[(rows, triton.cdiv(columns, options["BLOCK"]))](
-        x,
-        x_scale,
-        w_scale,
-        bias,
-        out,
-        x_scale if out_scale is None else out_scale,
-        rows,
-        columns,
-        x.stride(-2),
-        **options,
-        num_warps=finish_warps(options),
-    )
+    with torch.cuda.device_of(x):
+        finish_kernel[(rows, triton.cdiv(columns, options["BLOCK"]))](
+            x,
+            x_scale,
+            w_scale,
+            bias,
+            out,
+            x_scale if out_scale is None else out_scale,
+            rows,
+            columns,
+            x.stride(-2),
+            **options,
+            num_warps=finish_warps(options),
+        )
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:

@@ -149,7 +149,8 @@ def _quantize(row, scale, pieces, D: tl.constexpr, PIECE: tl.constexpr, LARGEST:
     for i in tl.static_range(1, len(pieces)):
         magnitude = tl.maximum(magnitude, pieces[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     largest = tl.max(magnitude, axis=0).to(tl.float32, bitcast=True)
-    factor = tl.where(largest == 0, 1.0, tl.div_rn(largest, LARGEST))  # NaN stays NaN
+    factor = tl.div_rn(largest, LARGEST)
+    factor = tl.where(factor == 0, 1.0, factor)  # NaN stays NaN
     tl.store(scale, factor)
     # A correctly rounded quotient without a division's branches (Markstein 1990): the product with the reciprocal, corrected
     # by its remainder. Tiny rows are enlarged by 2**64, so that the reciprocal is finite; infinite rows are not corrected.
