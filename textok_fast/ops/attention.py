@@ -19,8 +19,16 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch
-from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register, register_backend
-from textok_fast.ops.fp8 import without_autocast
+from textok_fast.ops.dispatch import (
+    REFERENCE,
+    choose,
+    describe,
+    needs_gradient,
+    one_device,
+    register,
+    register_backend,
+    without_autocast,
+)
 from textok_fast.ops.library import define, library, triton_runs_on
 
 MAX_KEYS = 256  # what the Triton kernel takes
@@ -232,10 +240,11 @@ def _backward(namespace: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     grad = _by_head(grad.unflatten(-1, q.shape[2:]))  # (B, H, N_q, D)
     q, k, v = (_by_head(part) for part in (q, k, v))  # (B, H, N, D)
-    weights = _weights(q, k, mask)  # (B, H, N_q, N_k)
-    dweights = grad @ v.transpose(-1, -2)
-    dscores = weights * (dweights - (dweights * weights).sum(dim=-1, keepdim=True)) * scale
-    gradients = dscores @ k, dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+    with without_autocast(q):
+        weights = _weights(q, k, mask)  # (B, H, N_q, N_k)
+        dweights = grad @ v.transpose(-1, -2)
+        dscores = weights * (dweights - (dweights * weights).sum(dim=-1, keepdim=True)) * scale
+        gradients = dscores @ k, dscores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
     dq, dk, dv = (gradient.transpose(1, 2).to(dtype) for gradient in gradients)  # (B, N, H, D)
     return dq, dk, dv, None
 

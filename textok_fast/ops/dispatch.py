@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -188,3 +188,13 @@ def one_device(*tensors: Tensor | None) -> bool:
     """Whether all tensors that are given lie on one device."""
     given = [tensor for tensor in tensors if tensor is not None]
     return all(tensor.device == given[0].device for tensor in given)
+
+
+# -- for references -----------------------------------------------------------------------------------------------------------
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For references, which compute in the dtype that they name. Nothing where autocast is off: exported graphs stay plain."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +28,6 @@ class RowScaled(NamedTuple):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., D) in ``dtype``."""
         return (self.values.float() * self.scales.unsqueeze(-1)).to(dtype)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """For references, which compute in the dtype that they name. Nothing where autocast is off: exported graphs stay plain."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def quantize_rows_reference(x: Tensor) -> RowScaled:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textok_fast.errors import InputError
-from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register
-from textok_fast.ops.fp8 import MAX_COLUMNS, RowScaled, lacks_e4m3, quantize_rows, quantize_rows_reference, without_autocast
+from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, one_device, register, without_autocast
+from textok_fast.ops.fp8 import MAX_COLUMNS, RowScaled, lacks_e4m3, quantize_rows, quantize_rows_reference
 from textok_fast.ops.library import define, library, triton_runs_on
 
 APPROXIMATIONS = ("none", "tanh")

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textok_fast.errors import InputError
-from textok_fast.ops.dispatch import REFERENCE, choose, describe, one_device, register
-from textok_fast.ops.fp8 import without_autocast
+from textok_fast.ops.dispatch import REFERENCE, choose, describe, one_device, register, without_autocast
 from textok_fast.ops.library import define, has_native, library, triton_runs_on
 
 
