@@ -23,8 +23,14 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "textok-fast is built with setuptools 77 or later: pip install -U setuptools, then install again"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libtextok_fast.so"  # no Python version in the name: it does not use Python's ABI
@@ -134,7 +140,7 @@ def find_torch() -> tuple[Path, str, str | None]:
     if directory is None:
         raise CannotBuild(
             "PyTorch is not visible to the build: it is not installed, or the build is isolated from it; "
-            f"with torch and setuptools installed: {HOW} textok-fast (in a checkout: {HOW} -e .)"
+            f"with torch and setuptools>=77 installed: {HOW} textok-fast (in a checkout: {HOW} -e .)"
         )
     facts = runpy.run_path(str(directory / "version.py"))
     version = str(facts["__version__"])

@@ -70,6 +70,11 @@ def tables(merged: Mapping[str, Any]) -> str:
             f"Machine: {machine['cpu']}, {machine['threads']} threads{', ' + gpus if gpus else ''}; torch {machine['torch']}"
         ]
         lines[-1] += f", Python {machine['python']}, commit {machine['git_commit'] or 'unknown'}."
+        lines += [
+            "",
+            "Medians; in brackets replayed from a CUDA graph, or on a CPU processor time of all threads. The columns from",
+        ]
+        lines[-1] += " 'x baseline' on are of 'chosen'; the copy ceiling is the machine's measured bandwidth from memory."
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in merged["ops"]:
         groups.setdefault((row["operation"], row["device"]), []).append(row)
@@ -96,7 +101,15 @@ def operation_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     last columns are of ``chosen``: the graph's time where there is one, else the wall time."""
     names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
     names.sort(key=lambda name: (name in LAST, LAST.index(name) if name in LAST else 0, name not in FIRST))
-    heads = ["case", "dtype", "inputs from", *(f"{name} us" for name in names), "x baseline (p10 .. p90)", "GB/s", "of copy"]
+    heads = [
+        "case",
+        "dtype",
+        "inputs from",
+        *(f"{name} us" for name in names),
+        "x baseline (p10 .. p90)",
+        "GB/s",
+        "of copy ceiling",
+    ]
     flops = any(row["flops"] for row in rows)
     processor = any("processor" in entry for row in rows for entry in row["contenders"].values())
     heads += ["TFLOP/s"] * flops + ["x baseline in processor time"] * processor

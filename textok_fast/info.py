@@ -40,6 +40,8 @@ def describe(found: dict[str, Any]) -> str:
     lines.append("machine")
     lines += [f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in machine.items()]
     lines.append(f"native library: {'yes' if found['native']['available'] else 'no'}, {found['native']['reason']}")
+    if found["native"]["available"]:
+        lines.append(f"  kernels for the CPU: {found['native'].get('kernels', 'unknown')} (TEXTOK_ISA chooses another)")
     forced = ", ".join(f"{'all' if name == '*' else name} to {backend}" for name, backend in found["forced_backends"].items())
     lines.append("operations, the backend chosen for each" + (f" (TEXTOK_OPS forces {forced})" if forced else ""))
     for name, state in found["operations"].items():

@@ -99,7 +99,18 @@ def test_exporting_takes_the_reference_unless_forced(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert choices() == ["reference"] * 4
     with ops.use_backend("plain"):
+        assert choices() == ["reference"] * 4  # a preference, and an exported file must not need our library
+    with ops.use_backend(double="plain"):
         assert choices() == ["plain", "plain", "plain", "reference"]
+
+
+def test_the_innermost_choice_holds() -> None:
+    half = torch.ones(2, dtype=torch.bfloat16)
+    with ops.use_backend(double="fast"):
+        with ops.use_backend("reference"):
+            assert choices() == ["reference"] * 4
+        with pytest.raises(InputError, match="forced backend 'fast'"):
+            dispatch.choose("double", half)
 
 
 def test_backends_lists_them_in_order_of_preference() -> None:

@@ -201,8 +201,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"table": torch.zeros(3, 8, dtype=torch.float64)}, r"table must be float32 \(T, 8\), got cpu float64"),
         ({"table": torch.zeros(0, 8)}, r"table must be float32 \(T, 8\)"),
         ({"table": torch.zeros(8)}, r"table must be float32 \(T, 8\)"),
-        ({"index": torch.tensor([0, 1])}, r"index must be one int64, got cpu int64 \(2,\)"),
-        ({"index": torch.tensor(0, dtype=torch.int32)}, "index must be one int64"),
+        ({"index": torch.tensor([0, 1])}, r"index must be a tensor of one int64, got cpu int64 \(2,\)"),
+        ({"index": 1}, "index must be a tensor of one int64, got 1"),
+        ({"index": torch.tensor(0, dtype=torch.int32)}, "index must be a tensor of one int64"),
         ({"guided": 5}, "cannot guide the first 5 of 4 channels"),
         ({"guided": -1}, "cannot guide the first -1 of 4 channels"),
     ]

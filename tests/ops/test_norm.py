@@ -84,12 +84,14 @@ def test_fp8_rows_are_the_quantized_result() -> None:
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     x, row = torch.randn(2, 5, 7), torch.randn(2, 7)
-    with pytest.raises(InputError, match=r"x must be \(B, N, D\), got \(5, 7\)"):
+    with pytest.raises(InputError, match=r"x must be float \(B, N, D\), got cpu float32 \(5, 7\)"):
         ops.layer_norm_modulate(x[0], row, row)
-    with pytest.raises(InputError, match=r"scale must be \(B, D\) = \(2, 7\), got \(1, 7\)"):
+    with pytest.raises(InputError, match=r"scale must be float \(B, D\) = \(2, 7\), got cpu float32 \(1, 7\)"):
         ops.layer_norm_modulate(x, row, row[:1])
     with pytest.raises(InputError, match=r"branch must have the shape of x, \(2, 5, 7\), got \(2, 4, 7\)"):
         ops.gated_residual_layer_norm_modulate(x, x[:, :4], row, row, row)
+    with pytest.raises(InputError, match=r"x must be float \(B, N, D\), got cpu int64"):
+        ops.layer_norm_modulate(x.long(), row, row)
     with pytest.raises(InputError, match=r"gate must be"):
         ops.gated_residual_layer_norm(x, x, row[0], row[0], row[0])
     with pytest.raises(InputError, match=r"weight and bias must be \(7,\), got \(2, 7\)"):

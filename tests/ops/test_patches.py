@@ -169,3 +169,10 @@ def test_choice_on_the_cpu() -> None:
     assert dispatch.choose("unpatchify_uint8", patches, 2, 2) == wanted
     assert dispatch.choose("patchify_uint8", images, 2, torch.float64) == "reference"
     assert dispatch.choose("unpatchify_uint8", patches.double(), 2, 2) == "reference"
+
+
+def test_pictures_that_are_not_whole_patches_are_refused() -> None:
+    with pytest.raises(InputError, match="multiple of the patch size 7 high and wide, got 14 x 16"):
+        ops.patchify(torch.zeros(1, 3, 14, 16), 7)
+    with pytest.raises(InputError, match=r"patches must be \(B, G \* G, 3 \* 2 \* 2\), got \(1, 6, 12\)"):
+        ops.unpatchify(torch.zeros(1, 6, 12), 2)

@@ -108,6 +108,8 @@ def short_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, rows: s
         qkv = qkv.unflatten(-1, (3, heads, qkv.shape[2] // (3 * heads)))  # (B, N, 3, H, D)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[3] != heads:
         raise InputError(f"qkv must be (B, N, 3, {heads}, D) or (B, N, 3 * {heads} * D), got {tuple(qkv.shape)}")
+    if rows is not None and not isinstance(rows, slice):
+        raise InputError(f"rows must be a slice of the queries, got {rows!r}")
     q, k, v = qkv.unbind(2)  # each (B, N, H, D)
     return attention(q if rows is None else q[:, rows], k, v, mask)
 

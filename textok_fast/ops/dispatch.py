@@ -7,8 +7,8 @@ The environment variable ``TEXTOK_OPS``, read when the process starts, and :func
 - ``TEXTOK_OPS=attention=sdpa,vq_nearest=reference``: these operations strictly; inputs the backend does not take are an error.
 
 Everything here is plain Python over module dictionaries, so that torch.compile traces through it and guards on it: a graph is
-compiled again after the choice has changed. While a model is exported or traced every operation is its reference, unless
-forced. Inside torch.func and forward-mode differentiation it always is; there an operation forced strictly is an error.
+compiled again after the choice has changed. While a model is exported or traced every operation is its reference, unless it
+is forced strictly. So it is inside torch.func and forward-mode differentiation, where forcing one strictly is an error.
 """
 
 from __future__ import annotations
@@ -81,13 +81,11 @@ def choose(operation: str, *args: Any) -> str:
         if reason:
             raise InputError(f"{operation}: the forced backend {strict!r} does not take these inputs: {reason}")
         return strict
-    if transformed:
+    if transformed or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return REFERENCE
     wanted = _forced.get("*")
     if wanted is not None and (wanted == REFERENCE or (wanted in rules and not rules[wanted](*args))):
         return wanted
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
-        return REFERENCE
     defaults = _defaults.get(operation, {})
     for backend, rule in rules.items():
         if _state.get(backend) == "" and not rule(*args) and not (backend in defaults and defaults[backend](*args)):
@@ -109,7 +107,8 @@ def _is_transformed() -> bool:
 def use_backend(backend: str | None = None, **operations: str) -> Iterator[None]:
     """Forces backends: ``use_backend("reference")``, ``use_backend(attention="sdpa")``, or both.
 
-    It holds in the whole process, for all threads; enter it in one thread at a time.
+    It holds in the whole process, for all threads; enter it in one thread at a time. Inside another one, ``backend`` takes the
+    place of all that is forced outside, ``operations`` of the same operations.
 
     Args:
         backend: for every operation that has it and wherever it takes the inputs.
@@ -120,6 +119,8 @@ def use_backend(backend: str | None = None, **operations: str) -> Iterator[None]
     wanted = ({} if backend is None else {"*": backend}) | operations
     _check(wanted)
     before = dict(_forced)
+    if backend is not None:
+        _forced.clear()
     _forced.update(wanted)
     try:
         yield

@@ -126,8 +126,9 @@ def _check(output: Tensor, x: Tensor, table: Tensor, index: Tensor, noise: Tenso
             raise InputError(f"{name} must be float, got {tensor.dtype}")
     if table.dtype != torch.float32 or table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != COLUMNS:
         raise InputError(f"table must be float32 (T, {COLUMNS}), got {describe(table)}")
-    if index.dtype != torch.int64 or index.numel() != 1:
-        raise InputError(f"index must be one int64, got {describe(index)}")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.numel() != 1:
+        got = describe(index) if isinstance(index, Tensor) else repr(index)
+        raise InputError(f"index must be a tensor of one int64, got {got}")
     if not 0 <= guided <= channels:
         raise InputError(f"cannot guide the first {guided} of {channels} channels")
 

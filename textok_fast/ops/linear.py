@@ -146,6 +146,8 @@ def fp8_linear(
         raise InputError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if dtype not in (*HALF, torch.float32, torch.float64):
         raise InputError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
+    if not isinstance(weight, RowScaled):
+        raise InputError(f"weight must come from quantize_channels, got {type(weight).__name__}")
     if isinstance(x, Tensor):
         x = quantize_rows(x)
     _check(x.values, weight.values, bias)

@@ -186,13 +186,13 @@ def gated_residual_layer_norm(
 
 
 def _check(x: Tensor, branch: Tensor | None = None, **rows: Tensor | None) -> None:
-    if x.ndim != 3:
-        raise InputError(f"x must be (B, N, D), got {tuple(x.shape)}")
+    if x.ndim != 3 or not x.is_floating_point():
+        raise InputError(f"x must be float (B, N, D), got {describe(x)}")
     if branch is not None and branch.shape != x.shape:
         raise InputError(f"branch must have the shape of x, {tuple(x.shape)}, got {tuple(branch.shape)}")
     for name, row in rows.items():
-        if row is not None and row.shape != (x.shape[0], x.shape[2]):
-            raise InputError(f"{name} must be (B, D) = {(x.shape[0], x.shape[2])}, got {tuple(row.shape)}")
+        if row is not None and (row.shape != (x.shape[0], x.shape[2]) or not row.is_floating_point()):
+            raise InputError(f"{name} must be float (B, D) = {(x.shape[0], x.shape[2])}, got {describe(row)}")
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------------

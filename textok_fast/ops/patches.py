@@ -25,14 +25,18 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """
     b, c, height, width = images.shape
     p = patch_size
+    if height % p or width % p:
+        raise InputError(f"pictures must be a multiple of the patch size {p} high and wide, got {height} x {width}")
     blocks = images.reshape(b, c, height // p, p, width // p, p)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // p) * (width // p), c * p * p)
 
 
 def unpatchify(patches: Tensor, patch_size: int, channels: int = 3) -> Tensor:
     """The inverse of :func:`patchify` for square pictures: (B, G * G, C * p * p) -> (B, C, G * p, G * p)."""
-    b, count, _ = patches.shape
+    b, count, numbers = patches.shape
     grid, p = round(count**0.5), patch_size
+    if grid * grid != count or numbers != channels * p * p:
+        raise InputError(f"patches must be (B, G * G, {channels} * {p} * {p}), got {tuple(patches.shape)}")
     blocks = patches.reshape(b, grid, grid, channels, p, p)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(b, channels, grid * p, grid * p)
 

@@ -202,7 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="sm_XX",
         help="architectures, or `present` for this machine's GPU (default: sm_80 sm_90 sm_100)",
     )
-    parser.add_argument("--modules", nargs="+", metavar="NAME", help="Python modules with an AOT list (default: all of ours)")
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules with an AOT list: attention, norm, ..., or dotted names of others (default: all of ours)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--cuda", action="store_true", help="also compile the CUDA sources, where nvcc and the sources are")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes at once (default: the cores this process may use)")
@@ -220,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: triton is not installed: pip install 'textok-fast[gpu]'", file=sys.stderr)
         return 2
     progress = _Progress() if sys.stderr.isatty() else None
-    results = compile_all(args.modules, args.arch, args.jobs, progress)
+    ours = {module.rpartition(".")[2]: module for module in kernel_modules()}
+    modules = args.modules and [ours.get(module, module) for module in args.modules]
+    results = compile_all(modules, args.arch, args.jobs, progress)
     if progress is not None:
         progress.end()
     print(aligned_table(HEADINGS, table_cells(results)))
