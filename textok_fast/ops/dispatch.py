@@ -81,7 +81,8 @@ def choose(operation: str, *args: Any) -> str:
         if reason:
             raise InputError(f"{operation}: the forced backend {strict!r} does not take these inputs: {reason}")
         return strict
-    if transformed or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    # The flag and not torch.compiler.is_exporting(): to torch 2.11's compiler that is true whenever it traces.
+    if transformed or torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return REFERENCE
     wanted = _forced.get("*")
     if wanted is not None and (wanted == REFERENCE or (wanted in rules and not rules[wanted](*args))):
