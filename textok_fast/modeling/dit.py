@@ -138,19 +138,49 @@ class DiT(PretrainedMixin, nn.Module):
         Returns: (B, N, C_out) or (B, C_out, S, S), with C_out = 2 C under ``learn_sigma``.
         """
         self._check(x, t, y, text, image_tokens)
+        tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
+        return self.step(x, self.modulation(self.condition(t, y)), tokens, image_tokens)
+
+    def step(
+        self, x: Tensor, modulations: list[Tensor], text: TextTokens | None = None, image_tokens: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` with what depends on (t, y) and on the captions given: unchecked, and without the adaLN products.
+
+        Args:
+            x: as in :meth:`forward`.
+            modulations: as :meth:`modulation` returns them, with rows at any stride.
+            text: what ``text_embedder`` makes of the captions, for a model that has one.
+        """
+        h = self.embed(x, image_tokens)  # (B, N + M, D)
+        _, hidden = self.run_blocks(h, modulations, text)
+        return self.project(hidden)
+
+    def embed(self, x: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        """x as in :meth:`forward` -> the residual stream that enters the first block, (B, N, D), image tokens last."""
         patches = ops.patchify(x, self.config.patch_size) if self.config.input_size else x  # (B, N, C p p)
         h = self.x_embedder(patches) + self.pos_embed  # (B, N, D)
-        c = self.condition(t, y)  # (B, D)
-        tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
         if self.image_embedder is not None and image_tokens is not None:
             h = torch.cat([h, self.image_embedder(image_tokens) + self.image_positions], dim=1)  # (B, N + M, D)
-        modulations = self.modulation(c)
+        return h
+
+    def run_blocks(
+        self, h: Tensor, modulations: list[Tensor], text: TextTokens | None = None, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks ``start`` to before ``stop`` (None: all the rest).
+
+        Returns: the residual stream (B, N, D) after them, and its LayerNorm, modulated for what follows: the block ``stop``, or
+            the final layer.
+        """
         parts = [modulation.chunk(6, dim=1) for modulation in modulations[:-1]] + [modulations[-1].chunk(2, dim=1)]
         entry = [(shift, scale) for shift, scale, *_ in parts]  # of each block and the final layer, each (B, D)
-        hidden = ops.layer_norm_modulate(h, *entry[0])  # (B, N + M, D)
-        for index, block in enumerate(self.blocks):
-            h, hidden = block(h, hidden, modulations[index], entry[index + 1], tokens)
-        out = self.final_layer(hidden[:, : patches.shape[1]])  # (B, N, C_out p p)
+        hidden = ops.layer_norm_modulate(h, *entry[start])  # (B, N, D)
+        for index in range(start, len(self.blocks) if stop is None else stop):
+            h, hidden = self.blocks[index](h, hidden, modulations[index], entry[index + 1], text)
+        return h, hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The final layer's modulated LayerNorm (B, N, D), image tokens last -> the output as in :meth:`forward`."""
+        out = self.final_layer(hidden[:, : self.pos_embed.shape[1]])  # (B, N, C_out p p)
         return ops.unpatchify(out, self.config.patch_size, self.config.out_channels) if self.config.input_size else out
 
     def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
