@@ -25,6 +25,8 @@ OPERATIONS = (  # what csrc/cpu/ops.cpp defines
     "unpatchify_uint8",
     "vq_nearest",
     "guided_step",
+    "pack_linear",
+    "packed_linear",
 )
 
 

@@ -21,10 +21,16 @@ Isa best() {
 #endif
 }
 
+// TEXTOK_ISA, or null.
+const char* wish() {
+  const char* wanted = std::getenv("TEXTOK_ISA");
+  return wanted == nullptr || *wanted == '\0' ? nullptr : wanted;
+}
+
 Isa chosen() {
   const Isa supported = best();
-  const char* wanted = std::getenv("TEXTOK_ISA");
-  if (wanted == nullptr || *wanted == '\0') return supported;
+  const char* wanted = wish();
+  if (wanted == nullptr) return supported;
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     STD_TORCH_CHECK(isa <= supported, "TEXTOK_ISA=", wanted, ": this processor or build has no more than ", isa_name(supported));
@@ -39,6 +45,21 @@ Isa isa() {
   static const Isa value = chosen();  // an exception leaves it unset, so that every call reports a wrong TEXTOK_ISA
   return value;
 }
+
+#ifdef TEXTOK_X86_KERNELS
+bool has_int8_products() {
+  static const bool value = isa() == Isa::avx512 && wish() == nullptr && __builtin_cpu_supports("avx512vnni");
+  return value;
+}
+
+bool has_bf16_products() {
+  static const bool value = isa() == Isa::avx512 && wish() == nullptr && __builtin_cpu_supports("avx512bf16");
+  return value;
+}
+#else
+bool has_int8_products() { return false; }
+bool has_bf16_products() { return false; }
+#endif
 
 const char* isa_name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";

@@ -16,6 +16,11 @@ Isa isa();
 
 const char* isa_name(Isa isa);
 
+// AVX-512's instructions for products of int8 (VNNI) and of bf16, which processors have or lack independently. Not when TEXTOK_ISA
+// is set, so that avx512 means AVX-512 without them.
+bool has_int8_products();
+bool has_bf16_products();
+
 }  // namespace textok_fast
 
 #ifdef TEXTOK_X86_KERNELS

@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(textok_fast, m) {
   m.def(
       "guided_step(Tensor output, Tensor x, Tensor? noise, Tensor table, Tensor index, int guided_channels, "
       "bool clip_denoised) -> Tensor");
+  m.def("pack_linear(Tensor weight, int kind) -> Tensor");
+  m.def(
+      "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, int out_features, int kind, str activation) "
+      "-> Tensor");
 }
 
 // Without a tensor argument there is no device to dispatch on, hence not the CPU key.
@@ -40,4 +44,6 @@ STABLE_TORCH_LIBRARY_IMPL(textok_fast, CPU, m) {
   m.impl("unpatchify_uint8", TORCH_BOX(&unpatchify_uint8));
   m.impl("vq_nearest", TORCH_BOX(&vq_nearest));
   m.impl("guided_step", TORCH_BOX(&guided_step));
+  m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("packed_linear", TORCH_BOX(&packed_linear));
 }

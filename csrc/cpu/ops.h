@@ -43,6 +43,17 @@ Tensor unpatchify_uint8(const Tensor& patches, int64_t patch_size, int64_t rows)
 // quantize.cpp
 Tensor vq_nearest(const Tensor& x, const Tensor& codebook, bool normalize);
 
+// packed.cpp
+Tensor pack_linear(const Tensor& weight, int64_t kind);
+Tensor packed_linear(
+    const Tensor& x,
+    const Tensor& packed,
+    const std::optional<Tensor>& scales,
+    const std::optional<Tensor>& bias,
+    int64_t out_features,
+    int64_t kind,
+    std::string activation);
+
 // guided.cpp
 Tensor guided_step(
     const Tensor& output,

@@ -18,20 +18,6 @@ namespace {
 // Multiply-adds that are worth waking a thread for.
 constexpr int64_t kTaskSize = 1 << 20;
 
-Tensor empty_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 }  // namespace
 
 Tensor vq_nearest(const Tensor& x, const Tensor& codebook, bool normalize) {
@@ -47,7 +33,7 @@ Tensor vq_nearest(const Tensor& x, const Tensor& codebook, bool normalize) {
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const Tensor book = codebook.is_contiguous() ? codebook : torch::stable::contiguous(codebook);
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
-  Tensor index = empty_of(sizes, ScalarType::Long);
+  Tensor index = empty(sizes, ScalarType::Long);
 
   const QuantizeKernels& kernels = TEXTOK_CHOOSE(quantize);
   const CodeFunctions& run = dtype == ScalarType::Float ? kernels.fp32 : kernels.bf16;

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,22 +18,24 @@ namespace textok_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A contiguous tensor of these sizes; up to 8 dimensions. (torch::stable::empty goes through the dispatcher's boxed call, which
-// costs more than a kernel over 32 rows.)
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[8];
+// A contiguous tensor of these sizes. (torch::stable::empty goes through the dispatcher's boxed call, which costs more than a kernel
+// over 32 rows.)
+inline Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype) {
+  int64_t strides[64];  // as many dimensions as PyTorch has
   int64_t stride = 1;
-  STD_TORCH_CHECK(sizes.size() <= 8, "too many dimensions");
-  for (size_t i = sizes.size(); i-- > 0;) {
+  STD_TORCH_CHECK(dims <= 64, "too many dimensions");
+  for (size_t i = dims; i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+      static_cast<int64_t>(dims), sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) { return empty(sizes.begin(), sizes.size(), dtype); }
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return empty(sizes.data(), sizes.size(), dtype); }
 
 // The tensor itself when the numbers of its last dimension lie next to each other, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& tensor) {

@@ -12,11 +12,14 @@ from textok_fast.ops.dispatch import use_backend
 from textok_fast.ops.fp8 import RowScaled, quantize_channels, quantize_rows
 from textok_fast.ops.guided import guided_step
 from textok_fast.ops.linear import fp8_linear, linear_gelu
+from textok_fast.ops.noise import seeded_normal
 from textok_fast.ops.norm import gated_residual_layer_norm, gated_residual_layer_norm_modulate, layer_norm_modulate
+from textok_fast.ops.packed import PackedWeight, pack_linear, packed_linear
 from textok_fast.ops.patches import patchify, patchify_uint8, unpatchify, unpatchify_uint8
 from textok_fast.ops.quantize import vq_nearest
 
 __all__ = [
+    "PackedWeight",
     "RowScaled",
     "attention",
     "fp8_linear",
@@ -25,10 +28,13 @@ __all__ = [
     "guided_step",
     "layer_norm_modulate",
     "linear_gelu",
+    "pack_linear",
+    "packed_linear",
     "patchify",
     "patchify_uint8",
     "quantize_channels",
     "quantize_rows",
+    "seeded_normal",
     "short_attention",
     "unpatchify",
     "unpatchify_uint8",

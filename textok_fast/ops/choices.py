@@ -18,6 +18,7 @@ _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, 
     "gated_residual_layer_norm_modulate_fp8": lambda new, _: (new(1, 32, 1152), new(1, 32, 1152), *[new(1, 1152)] * 3),
     "attention": lambda new, _: (*[new(1, 32, 16, 72)] * 3, None),
     "linear_gelu": lambda new, _: (new(1, 32, 1152), new(4608, 1152), new(4608), "tanh"),
+    "packed_linear": lambda new, _: (new(4608, 1152), int(new(1).dtype == torch.bfloat16), 64),
     "quantize_rows": lambda new, _: (new(1, 32, 1152),),
     "activate_quantize_rows": lambda new, _: (new(32, 4608), "gelu_tanh"),
     "fp8_linear": lambda new, device: (*_fp8_operands(device), None, "none", torch.bfloat16),
@@ -29,6 +30,7 @@ _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, 
         *(new(2, 32, 32), new(1, 32, 16), new(1, 32, 16)),
         *(torch.empty(50, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device), 16, False),
     ),
+    "seeded_normal": lambda _, device: (*torch.zeros(2, 1, dtype=torch.int64, device=device), [32, 16]),
 }
 
 

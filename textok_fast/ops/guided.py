@@ -70,7 +70,7 @@ def guided_step(
     """One sampling step: classifier-free guidance (arXiv 2207.12598) and the update of DDPM, DDIM or Euler.
 
     A row of ``table`` holds guidance scale s, kx, km, a, b, low and high log-variance, and the noise factor n
-    (:func:`textok_fast.diffusion.step_table` makes it). With c and u the two halves of ``output``:
+    (:func:`textok_fast.diffusion.sampler_program` makes it). With c and u the two halves of ``output``:
 
         m = u + s (c - u) in the first ``guided_channels`` channels, c in the others; without a pair m = output
         x0 = kx x + km m, with ``clip_denoised`` clamped to [-1, 1]

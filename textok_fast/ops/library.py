@@ -24,7 +24,7 @@ from textok_fast import _native
 from textok_fast.ops.dispatch import register_backend
 
 NATIVE, TRITON = "textok_fast", "textok_fast_triton"
-KERNELS = ("attention", "guided", "linear", "norm", "patches", "quantize")  # modules of textok_fast.ops.triton_kernels
+KERNELS = ("attention", "guided", "linear", "noise", "norm", "patches", "quantize")  # modules of textok_fast.ops.triton_kernels
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,11 @@
 #include "guided.h"
 
+#include "functions.h"
 #include "half.h"
 #include "vec.h"
 
 namespace textok_fast {
 namespace {
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-inline Vec select(Ints mask, Vec a, Vec b) { return {(decltype(a.r))((mask & (Ints)a.r) | (~mask & (Ints)b.r))}; }
-inline Ints less(Vec a, Vec b) { return (Floats)a.r < (Floats)b.r; }
-
-// NaN stays NaN, as in torch.clamp.
-inline Vec clamp(Vec a, Vec low, Vec high) {
-  const Vec raised = select(less(a, low), low, a);
-  return select(less(high, raised), high, raised);
-}
-
-inline Vec power_of_two(Ints n) { return {(decltype(Vec::r))((n + 127) << 23)}; }
-
-// e^x within 2 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial for e^f (coefficients of Cephes' expf), then 2^n in two
-// factors, so that the result becomes subnormal, 0 or infinite where it should.
-inline Vec exponential(Vec value) {
-  const Vec x = clamp(value, set(-104), set(89)), shift = set(12582912);  // 1.5 * 2^23, where the spacing of floats is 1
-  const Vec shifted = fma(x, set(1.44269504f), shift), n = shifted - shift;
-  const Vec f = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
-  Vec y = fma(set(1.9875691500e-4f), f, set(1.3981999507e-3f));
-  y = fma(y, f, set(8.3334519073e-3f));
-  y = fma(y, f, set(4.1665795894e-2f));
-  y = fma(y, f, set(1.6666665459e-1f));
-  y = fma(y, f, set(5.0000001201e-1f));
-  y = fma(y, f * f, f + set(1));
-  const Ints exponent = (Ints)shifted.r - (Ints)shift.r, half = exponent >> 1;
-  return y * power_of_two(half) * power_of_two(exponent - half);
-}
 
 template <typename T>
 inline Vec load_part(const T* p, int count) {
