@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from textok_fast.diffusion import (
+    FlowMatching,
     GaussianDiffusion,
     ddim_step,
     guided,
+    run_program,
     sample_ddim,
     sample_ddpm,
     sample_euler,
     sample_heun,
+    sampler_program,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,6 +73,13 @@ def test_whole_ddpm_loop_with_recorded_noise(dit: dict[str, Tensor]) -> None:
         GaussianDiffusion(respacing="50"), linear_model, dit["ddim_loop.noise"], step_noise=dit["ddpm_loop.step_noise"]
     )
     torch.testing.assert_close(result, dit["ddpm_loop.sample"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_whole_loops_from_their_programs(dit: dict[str, Tensor], name: str) -> None:
+    program = sampler_program(GaussianDiffusion(), name, steps=50)
+    result = run_program(program, linear_model, dit["ddim_loop.noise"], step_noise=dit["ddpm_loop.step_noise"])
+    torch.testing.assert_close(result, dit[f"{name}_loop.sample"], rtol=1e-5, atol=1e-5)
 
 
 def test_training_terms(dit: dict[str, Tensor]) -> None:
@@ -145,6 +155,11 @@ def test_sit_samplers(
     result = sampler(model, sit["io.sampler.z"], 8)
     torch.testing.assert_close(result.double(), sit[f"io.sampler.{name}"], rtol=0, atol=1e-6)
     assert [batch for _, batch in reference.batches] == evaluations
+    # The same from the sampler's numbers, with the state in float32.
+    program = sampler_program(FlowMatching(), name.split("_")[0], scale, interval, steps=8)
+    assert program.guided == tuple(batch == 4 for batch in evaluations)
+    found = run_program(program, model, sit["io.sampler.z"])
+    torch.testing.assert_close(found.double(), sit[f"io.sampler.{name}"], rtol=0, atol=1e-5)
 
 
 def test_the_interval_is_identified(sit: dict[str, Tensor]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion, MeanVariance
 from textok_fast.diffusion.guidance import GuidedModel, classifier_free_guidance, guided, merge_conditions
-from textok_fast.diffusion.noise import draw_noise, generators_for_seeds, noise_for_seeds, step_generators
+from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_seeds, noise_for_seeds, step_generators
 from textok_fast.diffusion.process import Objective, Process, build_process
+from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, sampler_program
 from textok_fast.diffusion.samplers import (
-    SAMPLERS,
     ddim_step,
     ddpm_step,
+    run_program,
     sample,
     sample_ddim,
     sample_ddpm,
@@ -18,7 +19,6 @@ from textok_fast.diffusion.samplers import (
     sample_heun,
 )
 from textok_fast.diffusion.schedule import betas_for, respaced_timesteps
-from textok_fast.diffusion.step_table import StepTable, step_table
 from textok_fast.diffusion.tensors import ModelFn, channel_dim
 
 __all__ = [
@@ -28,9 +28,10 @@ __all__ = [
     "GuidedModel",
     "MeanVariance",
     "ModelFn",
+    "NoiseSource",
     "Objective",
     "Process",
-    "StepTable",
+    "SamplerProgram",
     "betas_for",
     "build_process",
     "channel_dim",
@@ -43,11 +44,12 @@ __all__ = [
     "merge_conditions",
     "noise_for_seeds",
     "respaced_timesteps",
+    "run_program",
     "sample",
     "sample_ddim",
     "sample_ddpm",
     "sample_euler",
     "sample_heun",
+    "sampler_program",
     "step_generators",
-    "step_table",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 
-# One generator for a whole batch, one for each sample, or None for torch's global one.
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+# (draw, shape (B, ...)) -> standard normal noise of that shape. Draw 0 is the initial noise, and e + 1 that of the model's
+# evaluation e, so that a source needs no state: what it returns depends on its arguments alone.
+NoiseSource: TypeAlias = Callable[[int, Sequence[int]], Tensor]
+# One generator for a whole batch, one for each sample, None for torch's global one, or a source.
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | NoiseSource | None
 
 _MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits; a larger seed would silently repeat a smaller one
 
@@ -47,8 +50,12 @@ def noise_for_seeds(
     return draw_noise((len(seeds), *shape), generators_for_seeds(seeds), device, dtype)  # (B, *shape)
 
 
-def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def draw_noise(
+    shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype, draw: int = 0
+) -> Tensor:
     """Standard normal noise of ``shape`` (B, ...). A list of B generators draws each sample from its own.
+
+    ``draw`` is for a :data:`NoiseSource`; generators count for themselves.
 
     It is drawn in float32 on the generator's device (float64 if ``dtype`` is float64), then moved, so that neither the
     device nor the precision of the model changes it.
@@ -58,6 +65,11 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
         return torch.randn(tuple(shape), device=device, dtype=draw_dtype).to(dtype)
     if isinstance(generator, torch.Generator):
         noise = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=draw_dtype)
+        return noise.to(device=device, dtype=dtype)
+    if callable(generator):
+        noise = generator(draw, tuple(shape))
+        if noise.shape != tuple(shape):
+            raise InputError(f"the noise source gave {tuple(noise.shape)}, wanted {tuple(shape)}")
         return noise.to(device=device, dtype=dtype)
     if len(generator) != shape[0]:
         raise InputError(f"{len(generator)} generators for a batch of {shape[0]}; give one for each sample")

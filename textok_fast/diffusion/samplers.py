@@ -1,4 +1,4 @@
-"""From noise to samples. Every sampler is one short loop; :func:`sample` picks one by name.
+"""From noise to samples. :func:`sample` picks a sampler by name: a short loop, or :func:`run_program` over its numbers.
 
 Times are known on the host, so that no loop reads from the device. The state is kept in float32 (float64 for the ODE samplers,
 as SiT's), the model gets it in the dtype of ``noise``, and the result has the dtype of ``noise``.
@@ -6,10 +6,11 @@ as SiT's), the model gets it in the dtype of ``noise``, and the result has the d
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +18,11 @@ from torch import Tensor
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion
 from textok_fast.diffusion.noise import Generators, draw_noise
-from textok_fast.diffusion.tensors import ModelFn, require_same_shape, work_dtype
+from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, exact_program, require_sampler, time_grid
+from textok_fast.diffusion.tensors import ModelFn, channel_dim, require_same_shape, work_dtype
 from textok_fast.errors import InputError
 
 Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all), called after every step
-
-# Which objective a model must have been trained with for a sampler.
-SAMPLERS: dict[str, Literal["gaussian", "flow"]] = {"ddpm": "gaussian", "ddim": "gaussian", "euler": "flow", "heun": "flow"}
 
 
 def sample(
@@ -42,30 +41,92 @@ def sample(
         model: ``(x (B, ...), t (B,)) -> output``, possibly :func:`guided`; t is the training step, or in [0, 1] for flow.
         noise: standard normal.
         steps: how many, or a respacing such as "ddim50" of the Gaussian ``diffusion``; None takes ``diffusion`` as it is.
-        diffusion: the process the model was trained with; needed by ddpm and ddim.
-        generator: for noise during sampling (ddpm; ddim with eta > 0): one, or one for each sample (:func:`step_generators`).
-        options: of the sampler: ``clip_denoised``, ``step_noise`` (ddpm, ddim), ``eta`` (ddim), ``t_start``, ``t_end`` (flow).
+        diffusion: the process the model was trained with; needed by the Gaussian samplers.
+        generator: for noise during sampling (ddpm, sde; ddim with eta > 0): one, or one for each sample
+            (:func:`step_generators`), or a :data:`NoiseSource`, which is asked for draw e + 1 at evaluation e.
+        options: of the sampler: ``clip_denoised``, ``step_noise`` (all but euler and heun), ``eta`` (ddim), ``t_start``,
+            ``t_end`` (flow).
 
     Raises:
         InputError: unknown sampler, one that does not suit the objective, or impossible steps.
     """
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    if diffusion is not None and diffusion.objective != SAMPLERS[name]:
-        suitable = ", ".join(known for known, objective in SAMPLERS.items() if objective == diffusion.objective)
-        raise InputError(
-            f"sampler {name!r} needs a {SAMPLERS[name]} model, this one was trained as {diffusion.objective}; use {suitable}"
-        )
+    require_sampler(name, diffusion)
     if SAMPLERS[name] == "flow":
         if not isinstance(steps, int):
             raise InputError(f"sampler {name!r} takes a number of steps, got {steps!r}")
-        ode_sampler = sample_euler if name == "euler" else sample_heun
-        return ode_sampler(model, noise, steps, progress=progress, **options)
-    if not isinstance(diffusion, GaussianDiffusion):
+        if name != "sde":
+            ode_sampler = sample_euler if name == "euler" else sample_heun
+            return ode_sampler(model, noise, steps, progress=progress, **options)
+        diffusion = FlowMatching() if diffusion is None else diffusion
+    elif not isinstance(diffusion, GaussianDiffusion):
         raise InputError(f"sampler {name!r} needs diffusion=GaussianDiffusion(...), the process the model was trained with")
-    spaced = diffusion if steps is None else diffusion.respaced(steps)
-    gaussian_sampler = sample_ddpm if name == "ddpm" else sample_ddim
-    return gaussian_sampler(spaced, model, noise, generator=generator, progress=progress, **options)
+    elif name in ("ddpm", "ddim"):
+        spaced = diffusion if steps is None else diffusion.respaced(steps)
+        gaussian_sampler = sample_ddpm if name == "ddpm" else sample_ddim
+        return gaussian_sampler(spaced, model, noise, generator=generator, progress=progress, **options)
+    of_program = {key: options.pop(key) for key in ("t_start", "t_end") if key in options}
+    program = exact_program(diffusion, name, steps=steps, **of_program)
+    return run_program(program, model, noise, generator=generator, progress=progress, **options)
+
+
+@torch.no_grad()
+def run_program(
+    program: SamplerProgram,
+    model: ModelFn,
+    noise: Tensor,
+    *,
+    generator: Generators = None,
+    step_noise: Tensor | Sequence[Tensor] | None = None,
+    clip_denoised: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Any sampler from its numbers: samples of noise's shape (B, C, H, W) or (B, N, d) and dtype.
+
+    ``model`` is guided by itself (:func:`guided`): the program's guidance scales are not used here. ``step_noise``
+    (evaluations, B, ...), in the order used, replaces ``generator``; entries of evaluations that add no noise are not read.
+    ``progress`` counts evaluations.
+    """
+    _require_step_noise(step_noise, program.evaluations, noise)
+    state = [noise.to(work_dtype(noise.dtype))] + [torch.zeros_like(noise, dtype=work_dtype(noise.dtype))] * (program.slots - 1)
+    times = program.times.tolist()
+    time_dtype = torch.int64 if program.times.dtype == torch.int64 else work_dtype(noise.dtype)
+    for index, row in enumerate(program.table.tolist()):
+        output = _evaluate(model, state[0], times[index], time_dtype, noise.dtype)
+        fresh = _step_noise(step_noise, index, generator, state[0]) if program.noisy[index] else None  # (B, ...)
+        updated = _apply_row(row, output, state[0], fresh, clip_denoised)  # (B, ...)
+        if program.mix is None:
+            state = [updated]
+        else:
+            state = [_mixture(weights, [*state, updated]) for weights in program.mix[index, :, :-1].tolist()]
+        if progress is not None:
+            progress(index + 1, program.evaluations)
+    return state[0].to(noise.dtype)
+
+
+def _apply_row(row: list[float], output: Tensor, x: Tensor, noise: Tensor | None, clip_denoised: bool) -> Tensor:
+    """What :func:`textok_fast.ops.guided_step` computes for an output that is guided already, (B, ...)."""
+    _, kx, km, a, b, low, high, factor = row
+    dim, output = channel_dim(x), output.to(x.dtype)
+    channels = x.shape[dim]
+    learned = output.shape[dim] == 2 * channels
+    prediction = output.narrow(dim, 0, channels) if learned else output  # (B, ...)
+    require_same_shape("the model's output", prediction, x)
+    h = kx * x + km * prediction  # (B, ...)
+    if clip_denoised:
+        h = h.clamp(-1, 1)
+    result = a * h + b * x  # (B, ...)
+    if noise is None:
+        return result
+    if not learned:
+        return result + factor * math.exp(0.5 * high) * noise
+    fraction = (output.narrow(dim, channels, channels) + 1) / 2  # (B, ...)
+    return result + factor * torch.exp(0.5 * (fraction * high + (1 - fraction) * low)) * noise
+
+
+def _mixture(weights: list[float], tensors: list[Tensor]) -> Tensor:
+    """The sum of those tensors whose weight is not 0, (B, ...); zeros where all are."""
+    terms = [weight * tensor for weight, tensor in zip(weights, tensors, strict=True) if weight != 0]
+    return functools.reduce(torch.add, terms) if terms else torch.zeros_like(tensors[0])
 
 
 @torch.no_grad()
@@ -163,7 +224,7 @@ def sample_euler(
     progress: Progress | None = None,
 ) -> Tensor:
     """The probability flow dx/dt = v(x, t) from ``t_start`` (noise) to ``t_end`` (data) in equal Euler steps."""
-    grid = _time_grid(steps, t_start, t_end)
+    grid = time_grid("euler", steps, t_start, t_end)
     x = noise.double()  # (B, ...)
     for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
         x = x + (t_next - t) * _velocity(model, x, t, noise)  # (B, ...)
@@ -187,7 +248,7 @@ def sample_heun(
     The last step is an Euler step, as in EDM (arXiv 2206.00364) and the samplers of REPA and SoftVQ-VAE: a model is not
     trained on data without noise. The order stays 2, since one Euler step's error is of second order.
     """
-    grid = _time_grid(steps, t_start, t_end)
+    grid = time_grid("heun", steps, t_start, t_end)
     x = noise.double()  # (B, ...)
     for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
         slope = _velocity(model, x, t, noise)  # (B, ...)
@@ -198,15 +259,6 @@ def sample_heun(
         if progress is not None:
             progress(done, steps)
     return x.to(noise.dtype)
-
-
-def _time_grid(steps: int, t_start: float, t_end: float) -> list[float]:
-    if steps < 1:
-        raise InputError(f"sampling takes at least 1 step, got {steps}")
-    if not 0 <= t_end < t_start <= 1:
-        raise InputError(f"times run from t_start down to t_end within [0, 1], got {t_start} to {t_end}")
-    grid: list[float] = torch.linspace(t_start, t_end, steps + 1, dtype=torch.float64).tolist()
-    return grid
 
 
 def _velocity(model: ModelFn, x: Tensor, time: float, noise: Tensor) -> Tensor:
@@ -226,7 +278,7 @@ def _evaluate(model: ModelFn, x: Tensor, time: float, time_dtype: torch.dtype, x
 def _step_noise(step_noise: Tensor | Sequence[Tensor] | None, done: int, generator: Generators, x: Tensor) -> Tensor:
     if step_noise is not None:
         return step_noise[done].to(device=x.device, dtype=x.dtype)  # (B, ...)
-    return draw_noise(x.shape, generator, x.device, x.dtype)  # (B, ...)
+    return draw_noise(x.shape, generator, x.device, x.dtype, done + 1)  # (B, ...)
 
 
 def _require_step_noise(step_noise: Tensor | Sequence[Tensor] | None, steps: int, noise: Tensor) -> None:

@@ -38,20 +38,24 @@ def betas_for(schedule: str, num_steps: int) -> FloatTable:
 
 
 def respaced_timesteps(num_steps: int, respacing: str | int | None) -> list[int]:
-    """Training steps that a sampling run keeps, ascending; the notation is that of guided-diffusion.
+    """Training steps that a sampling run keeps, ascending; the notation is that of guided-diffusion, but for ``solver``.
 
     ``None`` or ``""`` keeps all. ``250`` spreads 250 steps over the first to the last. ``"10,15,20"`` divides the schedule
     into three equal sections and spreads 10, 15 and 20 steps over them. ``"ddim50"`` takes the integer stride that gives
-    exactly 50 steps, from step 0. :class:`InputError` when there are not enough steps, or no such stride.
+    exactly 50 steps, from step 0. ``"solver20"`` spreads 21 steps over the first to the last and leaves out the first: from
+    step 0, which has almost no noise, multistep solvers would extrapolate too far. :class:`InputError` when there are not
+    enough steps, or no such stride.
     """
     if respacing is None or respacing == "":
         return list(range(num_steps))
     if isinstance(respacing, str) and respacing.startswith("ddim"):
         return _strided(num_steps, respacing)
+    if isinstance(respacing, str) and respacing.startswith("solver"):
+        return _without_the_first(num_steps, respacing)
     try:
         counts = [int(count) for count in str(respacing).split(",")]
     except ValueError:
-        raise InputError(f"respacing {respacing!r} is not understood; write 250, '10,15,20' or 'ddim50'") from None
+        raise InputError(f"respacing {respacing!r} is not understood; write 250, '10,15,20', 'ddim50' or 'solver20'") from None
     if min(counts) < 0 or sum(counts) < 1:
         raise InputError(f"respacing {respacing!r} must keep at least one step, and no section fewer than 0")
     section_size, left_over = divmod(num_steps, len(counts))
@@ -82,3 +86,11 @@ def _strided(num_steps: int, respacing: str) -> list[int]:
             f"near ones: {', '.join(f'ddim{length}' for length in near)}"
         )
     return list(range(0, num_steps, lengths[wanted]))
+
+
+def _without_the_first(num_steps: int, respacing: str) -> list[int]:
+    count = respacing.removeprefix("solver")
+    if not count.isdecimal() or not 1 <= int(count) < num_steps:
+        raise InputError(f"respacing {respacing!r}: 'solver' takes a number of steps from 1 to {num_steps - 1}, as 'solver20'")
+    kept: list[int] = np.linspace(0, num_steps - 1, int(count) + 1).round().astype(int)[1:].tolist()
+    return kept
