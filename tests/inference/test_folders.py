@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok
 from textok_fast.data import load_dataset, write_shards
+from textok_fast.data.files import FileDataset
 from textok_fast.inference.folders import decode_folder, encode_folder, sample_to_folder
 
 Make = Callable[..., TexTok]
@@ -131,6 +133,30 @@ def test_both_directions_go_on_where_they_stopped(
     assert decode_folder(model, tokens, out)["new"] == 3
     assert decode_folder(model, tokens, out)["new"] == 0
     assert len(read(out)) == 7
+
+
+def test_one_thread_reads_each_picture_once_and_stops(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_by: list[tuple[str, str]] = []
+    usual = FileDataset.__getitem__
+
+    def noted(self: FileDataset, index: int) -> Any:
+        example = usual(self, index)
+        read_by.append((threading.current_thread().name, example.key))
+        return example
+
+    monkeypatch.setattr(FileDataset, "__getitem__", noted)
+    encode_folder(model, str(pictures), tmp_path / "tokens", batch_size=2, shard_size=3)
+    assert len({key for _, key in read_by}) == len(read_by) == 7
+    assert {name for name, _ in read_by} == {"textok-read_0"}
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(model, str(pictures), tmp_path / "stopped", batch_size=1, progress=interrupt)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("textok-")]
 
 
 def test_captions_can_be_left_out_when_decoding(model: str, pictures: Path, tmp_path: Path) -> None:

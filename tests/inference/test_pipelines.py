@@ -11,6 +11,7 @@ import torch
 from textok_fast import DiT, DiTConfig, InputError, TexTok
 from textok_fast.inference import ClassToImagePipeline, TextToImagePipeline, load_pipeline
 from textok_fast.inference.pipelines import SamplingOptions
+from textok_fast.ops import seeded_normal
 
 Make = Callable[..., TexTok]
 PROMPTS = ["a red cow", "two green stars on the sand", "house"]
@@ -38,7 +39,7 @@ def by_class(make_tokenizer: Make) -> ClassToImagePipeline:
     return ClassToImagePipeline(generator(num_classes=3), make_tokenizer(), "gaussian", ["cow", "dog", "star"], captions)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
 def test_the_same_seed_gives_the_same_picture(by_text: TextToImagePipeline, sampler: str) -> None:
     options = SamplingOptions(sampler, steps=3, guidance_scale=2.0)
     first, second = (by_text(PROMPTS, seed=7, options=options) for _ in range(2))
@@ -91,7 +92,7 @@ def test_guidance_of_one_is_no_guidance_and_an_interval_limits_it(by_text: TextT
 def test_guidance_is_its_formula(by_text: TextToImagePipeline) -> None:
     """One Euler step from t = 1 to t = 0 written out."""
     made = by_text(PROMPTS, options=SamplingOptions("euler", steps=1, guidance_scale=3.0))
-    noise = torch.stack([torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 2)])
+    noise = seeded_normal(torch.tensor([0, 1, 2]), torch.tensor(0), (3, 4))
     text = by_text.tokenizer.text_features(PROMPTS, 3)
     conditional = by_text.generator(noise, torch.ones(3), text=text)
     null = by_text.generator(noise, torch.ones(3))
@@ -130,7 +131,7 @@ def test_the_output_is_read_as_the_prediction_says(make_tokenizer: Make) -> None
     """One step from pure noise, at a = alphas_cumprod[-1]: x0 = sqrt(a) x - sqrt(1 - a) v for v."""
     model, tokenizer = generator(num_classes=3, learn_sigma=False), make_tokenizer()
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    noise = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    noise = seeded_normal(torch.tensor([0]), torch.tensor(0), (3, 4))
     for prediction in ("epsilon", "v", "x0"):
         pipeline = ClassToImagePipeline(model, tokenizer, "gaussian", prediction=prediction)
         made = pipeline(1, options=SamplingOptions("ddim", steps=1))
@@ -155,6 +156,8 @@ def test_mistakes_are_named(by_text: TextToImagePipeline, by_class: ClassToImage
         (lambda: by_text([]), "at least one prompt"),
         (lambda: by_text(["fine", " "]), "non-empty"),
         (lambda: by_text(PROMPTS, seed=[1, 2]), "2 seeds for 3"),
+        (lambda: by_text(PROMPTS, seed=-2), r"from 0 to 2\*\*63 - 1, got -2"),
+        (lambda: by_text("house", seed=2**63), "got 9223372036854775808"),
         (lambda: by_text(PROMPTS, options=SamplingOptions("ddim")), "ddim"),
         (lambda: by_text(PROMPTS, options=SamplingOptions(steps=0)), "at least 1 step"),
         (lambda: by_text(PROMPTS, options=SamplingOptions(guidance_scale=2, guidance_interval=(1, 0))), "interval"),

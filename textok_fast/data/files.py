@@ -174,16 +174,21 @@ def check_image(data: bytes) -> None:
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """The center square of an image file, turned upright, on white, resized: (S, S, 3) uint8 RGB."""
+    """:func:`center_square` of an image file."""
     with Image.open(io.BytesIO(data)) as file:
-        picture: Image.Image = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-            picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            picture = Image.new("RGBA", layer.size, "white")
-            picture.alpha_composite(layer)
-        picture = picture.convert("RGB")
+        return center_square(file, size)
+
+
+def center_square(picture: Image.Image, size: int) -> np.ndarray:
+    """The center square of a picture, turned upright, on white, resized: (S, S, 3) uint8 RGB."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.new("RGBA", layer.size, "white")
+        picture.alpha_composite(layer)
+    picture = picture.convert("RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     resized = picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))

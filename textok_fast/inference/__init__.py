@@ -1,5 +1,8 @@
-"""How trained models are run: pipelines from conditions to pictures."""
+"""How trained models are run: engines that run one as a plan says, and pipelines from conditions to pictures."""
 
+from textok_fast.inference.engine import Engine
+from textok_fast.inference.generator import GeneratorEngine, SamplingRun
+from textok_fast.inference.memory import MemoryEstimate
 from textok_fast.inference.pipelines import (
     ClassToImagePipeline,
     GenerationOutput,
@@ -8,12 +11,21 @@ from textok_fast.inference.pipelines import (
     TextToImagePipeline,
     load_pipeline,
 )
+from textok_fast.inference.plan import Plan, StepCache
+from textok_fast.inference.tokenizer import TokenizerEngine
 
 __all__ = [
     "ClassToImagePipeline",
+    "Engine",
     "GenerationOutput",
     "GenerationPipeline",
+    "GeneratorEngine",
+    "MemoryEstimate",
+    "Plan",
     "SamplingOptions",
+    "SamplingRun",
+    "StepCache",
     "TextToImagePipeline",
+    "TokenizerEngine",
     "load_pipeline",
 ]

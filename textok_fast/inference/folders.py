@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from textok_fast.config import DataConfig, to_dict
 from textok_fast.data import load_dataset
+from textok_fast.data.base import CaptionedImages, Example
 from textok_fast.data.files import IMAGE_SUFFIXES
 from textok_fast.data.token_cache import (
     TokenDataset,
@@ -32,6 +35,8 @@ from textok_fast.data.token_cache import (
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_atomically, write_text
 from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
+from textok_fast.inference.plan import Plan
+from textok_fast.inference.tokenizer import TokenizerEngine
 from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
 from textok_fast.modeling.tokenizer import TexTok
 
@@ -65,25 +70,27 @@ def encode_folder(
     dataset = load_dataset(config, "all")
     # The data are known by their content, however their folder is spelled today.
     identity = token_identity(tokenizer, {**to_dict(config), "path": ""})
-    encode = encode_function(tokenizer)
+    encode = encode_function(_engine(tokenizer).model)
     if format == "safetensors":
-        reused = write_token_shards(
-            out, dataset, encode, identity=identity, batch_size=batch_size, shard_size=shard_size, progress=progress
-        )
+        with _read_ahead(dataset, batch_size) as pictures:
+            reused = write_token_shards(
+                out, pictures, encode, identity=identity, batch_size=batch_size, shard_size=shard_size, progress=progress
+            )
     else:
         out.mkdir(parents=True, exist_ok=True)
         content = {"content": dataset.content_hash(), "count": len(dataset)}
         claim_index(out, {**identity, **content, "shard_size": shard_size, "format": "webdataset"})
         reused = 0
-        for number, first, last in shard_ranges(len(dataset), shard_size):
-            path = out / f"tokens-{number:06d}.tar"
-            if path.exists():
-                reused += 1
-            else:
-                tensors, keys, captions = encode_range(dataset, encode, first, last, batch_size, progress, len(dataset))
-                write_atomically(path, lambda target, parts=(tensors, keys, captions): _write_tar(target, *parts))  # type: ignore[misc]
-            if progress is not None:
-                progress(last, len(dataset))
+        with _read_ahead(dataset, batch_size) as pictures:
+            for number, first, last in shard_ranges(len(dataset), shard_size):
+                path = out / f"tokens-{number:06d}.tar"
+                if path.exists():
+                    reused += 1
+                else:
+                    tensors, keys, captions = encode_range(pictures, encode, first, last, batch_size, progress, len(dataset))
+                    write_atomically(path, lambda target, parts=(tensors, keys, captions): _write_tar(target, *parts))  # type: ignore[misc]
+                if progress is not None:
+                    progress(last, len(dataset))
     return {
         "out": str(out),
         "pictures": len(dataset),
@@ -123,10 +130,11 @@ def decode_folder(
     digest = hashlib.sha256(json.dumps([keys, captions]).encode() + values.numpy().tobytes()).hexdigest()[:32]
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
     _claim_pictures(out, {"tokenizer": wanted, "tokens": digest, "captions": with_captions}, new=len(missing) == len(keys))
+    engine = _engine(tokenizer)
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         given = [captions[i] for i in rows] if with_captions else None
-        pictures = tokenizer.decode(values[rows], given, output="uint8").cpu().numpy()  # (b, S, S, 3)
+        pictures = engine.decode(values[rows], given, output="uint8").cpu().numpy()  # (b, S, S, 3)
         for row, picture in zip(rows, pictures, strict=True):
             save_png(picture, out / f"{keys[row]}.png")
         if progress is not None:
@@ -221,6 +229,47 @@ def sample_to_folder(
         "tokens": str(out / "tokens.safetensors"),
         "new": len(listed) - before,
     }
+
+
+def _engine(tokenizer: TexTok) -> TokenizerEngine:
+    """In float32: what is written must not depend on what the processor computes fastest in."""
+    return TokenizerEngine(tokenizer, Plan(precision="fp32", device=str(tokenizer.device)))
+
+
+class _ReadAhead:
+    """A data set of which one thread decodes the pictures that come next.
+
+    One, because a data set that meets a corrupt picture counts it and gives the next: two would count it twice.
+    """
+
+    def __init__(self, dataset: CaptionedImages, ahead: int, thread: ThreadPoolExecutor) -> None:
+        self._dataset, self._ahead, self._thread = dataset, ahead, thread
+        self._pending: dict[int, Future[Example]] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def content_hash(self) -> str:
+        return self._dataset.content_hash()
+
+    def __getitem__(self, index: int) -> Example:
+        wanted = range(index, min(index + self._ahead + 1, len(self)))
+        for gone in self._pending.keys() - set(wanted):  # a shard that was there already has been passed over
+            self._pending.pop(gone).cancel()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._thread.submit(self._dataset.__getitem__, each)
+        return self._pending.pop(index).result()
+
+
+@contextmanager
+def _read_ahead(dataset: CaptionedImages, batch_size: int) -> Iterator[CaptionedImages]:
+    """``dataset``, read two batches ahead."""
+    thread = ThreadPoolExecutor(1, "textok-read")
+    try:
+        yield cast(CaptionedImages, _ReadAhead(dataset, 2 * batch_size, thread))
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Tensor]]:

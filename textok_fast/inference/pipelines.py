@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from textok_fast.diffusion import Objective, build_process, guided, noise_for_seeds, sample, step_generators
+from textok_fast import ops
+from textok_fast.diffusion import NoiseSource, Objective, build_process, guided, sample
 from textok_fast.errors import InputError
+from textok_fast.inference.engine import Engine
+from textok_fast.inference.plan import Plan
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
@@ -43,7 +47,7 @@ class GenerationOutput:
 class SamplingOptions:
     """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow."""
 
-    sampler: str = ""  # empty: ddpm for Gaussian diffusion, euler for a flow
+    sampler: str = ""  # of diffusion.SAMPLERS; empty: ddpm for Gaussian diffusion, euler for a flow
     steps: int = 50
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
@@ -51,10 +55,19 @@ class SamplingOptions:
 
 
 class GenerationPipeline:
-    """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one."""
+    """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one.
+
+    With a ``plan`` both run through engines (:func:`textok_fast.inference.Engine`), on the plan's device; without one as the
+    modules they are.
+    """
 
     def __init__(
-        self, generator: DiT, tokenizer: TexTok, objective: Objective = "gaussian", prediction: str = "epsilon"
+        self,
+        generator: DiT,
+        tokenizer: TexTok,
+        objective: Objective = "gaussian",
+        prediction: str = "epsilon",
+        plan: Plan | None = None,
     ) -> None:
         config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
         if (config.num_tokens, config.in_channels) != wanted:
@@ -65,8 +78,13 @@ class GenerationPipeline:
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.process = build_process(objective, config.learn_sigma, prediction)
         self.objective = objective
+        self.plan = plan
+        self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
     def to(self, device: str | torch.device) -> GenerationPipeline:
+        """Moves the models; InputError with a plan, which says where they run."""
+        if self.plan is not None:
+            raise InputError(f"this pipeline's plan runs it on {self.plan.device}: make one with a plan for {device}")
         self.generator.to(device)
         self.tokenizer.to(device)
         return self
@@ -81,6 +99,11 @@ class GenerationPipeline:
     ) -> Tensor:
         """Tokens (B, N, d) for B labels and captions. Sample i depends on seed i and its condition alone, not on its batch."""
         config, device = self.generator.config, self.tokenizer.device
+        source = seeded_noise(seeds, device)
+        if self._engines is not None:
+            return self._engines[0].sample(
+                self.process, labels=labels, text=text, seeds=seeds, **dataclasses.asdict(options), progress=progress
+            )
         condition = Condition(
             None if labels is None else labels.to(device),
             None if text is None else text.features,
@@ -96,7 +119,7 @@ class GenerationPipeline:
             given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
             return self.generator(x, t, c.labels, given)
 
-        noise = noise_for_seeds(seeds, (config.num_tokens, config.in_channels), device, self.tokenizer.dtype)
+        noise = source(0, (len(seeds), config.num_tokens, config.in_channels)).to(self.tokenizer.dtype)  # (B, N, d)
         sampler = options.sampler or ("euler" if self.objective == "flow" else "ddpm")
         extra = {"eta": options.eta} if sampler == "ddim" else {}
         return sample(
@@ -105,7 +128,7 @@ class GenerationPipeline:
             noise,
             options.steps,
             self.process,
-            generator=step_generators(seeds),
+            generator=source,
             progress=progress,
             **extra,
         )
@@ -122,7 +145,8 @@ class GenerationPipeline:
     ) -> GenerationOutput:
         with torch.no_grad():
             tokens = self.generate_tokens(labels, text, seeds, options, progress)
-            return GenerationOutput(self.tokenizer.decode(tokens, captions, output=output), tokens, captions, seeds)
+            decoder = self.tokenizer if self._engines is None else self._engines[1]
+            return GenerationOutput(decoder.decode(tokens, captions, output=output), tokens, captions, seeds)
 
 
 class TextToImagePipeline(GenerationPipeline):
@@ -160,8 +184,9 @@ class ClassToImagePipeline(GenerationPipeline):
         label_names: Sequence[str] = (),
         captions: dict[int, list[str]] | None = None,
         prediction: str = "epsilon",
+        plan: Plan | None = None,
     ) -> None:
-        super().__init__(generator, tokenizer, objective, prediction)
+        super().__init__(generator, tokenizer, objective, prediction, plan)
         self.label_names, self.captions = list(label_names), captions or {}
 
     def __call__(
@@ -223,8 +248,31 @@ def seeds_for(seed: int | Sequence[int], count: int) -> list[int]:
     return list(seed)
 
 
-def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> TextToImagePipeline | ClassToImagePipeline:
-    """The pipeline that ``textok-fast train generator`` wrote: by class when the generator has classes, else by caption."""
+def seeded_noise(seeds: Sequence[int], device: str | torch.device) -> NoiseSource:
+    """Noise for samplers from :func:`textok_fast.ops.seeded_normal`, drawn on ``device``: sample i's from seed i alone.
+
+    Raises InputError for a seed that is not an integer from 0 to 2**63 - 1.
+    """
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"a seed is an integer from 0 to 2**63 - 1, got {seed!r}")
+    keys = torch.tensor(list(seeds), dtype=torch.int64, device=device)  # (B,)
+
+    def source(draw: int, shape: Sequence[int]) -> Tensor:
+        # Filled on the device: a copy from the host would wait for it.
+        return ops.seeded_normal(keys, torch.full((1,), draw, dtype=torch.int64, device=device), shape[1:])
+
+    return source
+
+
+def load_pipeline(
+    directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
+) -> TextToImagePipeline | ClassToImagePipeline:
+    """The pipeline that ``textok-fast train generator`` wrote: by class when the generator has classes, else by caption.
+
+    With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
+    the text encoder.
+    """
     directory = Path(directory)
     try:
         about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
@@ -240,5 +288,5 @@ def load_pipeline(directory: str | Path, device: str | torch.device = "cpu") -> 
     generator = DiT.from_pretrained(directory / "generator", device=device)
     tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
     if generator.config.num_classes:
-        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction)
-    return TextToImagePipeline(generator, tokenizer, objective, prediction)
+        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan)
+    return TextToImagePipeline(generator, tokenizer, objective, prediction, plan)

@@ -212,7 +212,11 @@ class TexTok(PretrainedMixin, nn.Module):
         Raises: InputError (a ValueError) for a wrong shape, size, dtype, range or NaN.
         """
         pixels = self._check_images(images)  # uint8 stays uint8: the encoder's first operation reads it
-        text = self.text_features(captions, len(pixels)) if self.config.text_in_encoder else None
+        return self.encode_pixels(pixels, self.text_features(captions, len(pixels)) if self.config.text_in_encoder else None)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor, text: TextFeatures | None) -> Tokens:
+        """What :meth:`encode` does after its checks: pixels and text features as the encoder takes them -> tokens."""
         out = self.bottleneck(self.encoder(pixels, text))
         posterior = None
         if out.mean is not None and out.logvar is not None:

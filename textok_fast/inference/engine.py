@@ -1,0 +1,33 @@
+"""A model and a plan become an engine, with the model's own call."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import nn
+
+from textok_fast.errors import InputError
+from textok_fast.inference.generator import GeneratorEngine
+from textok_fast.inference.plan import Plan
+from textok_fast.inference.tokenizer import TokenizerEngine
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.tokenizer import TexTok
+
+
+@overload
+def Engine(model: DiT, plan: Plan | None = None) -> GeneratorEngine: ...
+@overload
+def Engine(model: TexTok, plan: Plan | None = None) -> TokenizerEngine: ...
+
+
+def Engine(model: nn.Module, plan: Plan | None = None) -> GeneratorEngine | TokenizerEngine:
+    """Runs ``model`` as ``plan`` says: a :class:`GeneratorEngine` for a DiT, a :class:`TokenizerEngine` for a TexTok.
+
+    The model stays as it was. Without a plan it is :meth:`Plan.automatic` for the device that the model lies on.
+
+    Raises: InputError for another kind of model, and for a plan that this machine cannot run.
+    """
+    if not isinstance(model, (DiT, TexTok)):
+        raise InputError(f"an engine runs a DiT or a TexTok, got {type(model).__name__}")
+    chosen = Plan.automatic(next(model.parameters()).device) if plan is None else plan
+    return GeneratorEngine(model, chosen) if isinstance(model, DiT) else TokenizerEngine(model, chosen)
