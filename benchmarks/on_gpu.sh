@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # A GPU session in one call: builds the native library, runs the gpu-marked tests, compiles every kernel ahead of time, runs the
 # benchmarks. A part that fails or runs out of time does not stop the next. Under $OUT: results.json with all that was measured,
-# table.md, log.txt with what each part printed. Needs a Python with a CUDA torch of 2.11 or later; nothing is downloaded.
+# table.md, log.txt with what each part printed, and a folder for each part of `textok-fast bench`. Needs a Python with a CUDA torch of 2.11 or later; nothing is downloaded.
 #
 #   bash benchmarks/on_gpu.sh                                                everything, each part within its own limit
 #   LIMIT=580 PARTS="build info report tests" bash benchmarks/on_gpu.sh      where a call may take no longer than LIMIT seconds
 #   LIMIT=580 PARTS="build ops attention dit" bash benchmarks/on_gpu.sh
-#   LIMIT=580 PARTS="build linear fp8 speedup" bash benchmarks/on_gpu.sh
+#   LIMIT=580 PARTS="build linear fp8 steps" bash benchmarks/on_gpu.sh
+#   LIMIT=580 PARTS="build speedup" bash benchmarks/on_gpu.sh                whole systems: the reference form and the engine
+#   LIMIT=580 PARTS="build compile" bash benchmarks/on_gpu.sh                the same with torch.compile beside them, fewer
+#   LIMIT=580 PARTS="build fp8-speedup parity profile peers" bash benchmarks/on_gpu.sh
 #   PARTS="autotune" bash benchmarks/on_gpu.sh                               torch.compile max-autotune beside them, an hour
 #
 # Environment: OUT (default benchmarks/results/local), PYTHON, PARTS, LIMIT (seconds for the whole call), ROUNDS, SMOKE=1 (tiny
@@ -19,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONUNBUFFERED=1
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-build info report tests ops attention linear fp8 dit speedup}
+PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedup fp8-speedup compile parity profile peers}
 LIMIT=${LIMIT:-86400}
 ROUNDS=${ROUNDS:-15}
 WHEELS=${WHEELS:-.whl}
@@ -30,6 +33,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 : >"$OUT/log.txt"
 ended=()
+made=() # results that parts of this call write under $OUT
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$WHEELS"/*.whl
@@ -64,7 +68,9 @@ part() { # NAME SECONDS COMMAND...
 }
 
 merge() {
-  "$PYTHON" benchmarks/summary.py "$work"/*.json --merge "$OUT/results.json" --commit "${COMMIT:-}" "${ended[@]}" \
+  local found=() file
+  for file in "${made[@]}"; do [ -e "$file" ] && found+=("$file"); done
+  "$PYTHON" benchmarks/summary.py "$work"/*.json "${found[@]}" --merge "$OUT/results.json" --commit "${COMMIT:-}" "${ended[@]}" \
     >"$OUT/table.md" 2>>"$OUT/log.txt"
 }
 
@@ -98,12 +104,31 @@ benchmark() { # NAME SECONDS FILE EXPRESSION OPTIONS...
     --benchmark-columns=median,iqr,rounds --benchmark-json "$work/$name.json" ${SMOKE:+--smoke} "$@"
 }
 
-speedup() { # DTYPE SECONDS BUDGET OPTIONS...
+steps() { # DTYPE SECONDS BUDGET OPTIONS...
   local dtype=$1 limit=$2 budget=$3
   shift 3
-  part "speedup-$dtype" "$limit" "$PYTHON" -m textok_fast bench speedup --dtype "$dtype" --guidance --device "$device" \
-    --time-budget "$budget" --out "$work/speedup-$dtype.json" "$@"
+  part "steps-$dtype" "$limit" "$PYTHON" -m textok_fast bench steps --dtype "$dtype" --guidance --device "$device" \
+    --time-budget "$budget" --out "$work/steps-$dtype.json" "$@"
 }
+
+speedup() { # NAME SECONDS OPTIONS... : the time budget leaves a part of the seconds for starting and for the ceilings
+  local name=$1 limit=$2 left=$((LIMIT - SECONDS - 25)) small=()
+  shift 2
+  ((left < limit)) && limit=$left
+  [ -n "${SMOKE:-}" ] && small=(--size tiny --systems TexTok-4 DiT/1 --forms reference engine --batch 1 --steps 4 --rounds 3)
+  made+=("$OUT/$name/results.json")
+  part "$name" "$limit" "$PYTHON" -m textok_fast bench speedup --device "$device" --out "$OUT/$name" \
+    --time-budget "$((limit > 150 ? limit - 90 : 60))" "$@" "${small[@]}"
+}
+
+study() { # NAME SECONDS SETTINGS... : one of peers, parity, profile
+  local name=$1 limit=$2
+  shift 2
+  made+=("$OUT/$name/$name.json")
+  part "$name" "$limit" "$PYTHON" -m textok_fast bench "$name" --out "$OUT/$name" "device=$device" "$@"
+}
+device=$(on_cuda && echo cuda || echo cpu)
+size=$([ -n "${SMOKE:-}" ] && echo tiny || echo XL)
 
 for wanted in $PARTS; do
   case $wanted in
@@ -118,15 +143,20 @@ for wanted in $PARTS; do
     fp8) benchmark fp8 400 benchmarks/test_ops.py fp8_linear ;;
     dit) benchmark dit 300 benchmarks/test_dit_step.py operations ;;
     autotune) benchmark autotune 7200 benchmarks/test_ops.py "not attention and not backward" --max-autotune ;;
-    speedup)
-      device=$(on_cuda && echo cuda || echo cpu)
+    steps)
       if [ -n "${SMOKE:-}" ]; then
-        speedup fp32 60 5 --size tiny --tokens 32 64 --batch 1
+        steps fp32 60 5 --size tiny --tokens 32 64 --batch 1
       else
-        speedup bf16 420 240 --size XL --tokens 32 64 128 256 1024 4096 --batch 1 8 64
-        speedup fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
+        steps bf16 420 240 --size XL --tokens 32 64 128 256 1024 4096 --batch 1 8 64
+        steps fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
       fi
       ;;
+    speedup) speedup speedup 570 --forms reference engine --dtype bf16 --full ;;
+    compile) speedup compile 570 --systems TexTok-32 DiT/2 DiT/1 --dtype bf16 --batch 1 8 ;;
+    fp8-speedup) speedup fp8-speedup 300 --forms engine --dtype "$([ "$device" = cuda ] && echo fp8 || echo int8)" ;;
+    parity) study parity 240 "size=$size" ;;
+    profile) study profile 120 "size=$size" precision=bf16 ;;
+    peers) study peers 400 "size=$size" "batch=[1]" "modulation=[given]" ;;
     *)
       ended+=(--part "$wanted:0:unknown part")
       merge

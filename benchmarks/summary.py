@@ -1,8 +1,8 @@
 """Short Markdown tables of what the benchmarks measured: ``python benchmarks/summary.py FILE.json ...``
 
-Reads the JSON of pytest-benchmark, of ``textok-fast bench speedup``, of ``python -m textok_fast.ops.report`` and of a former
-merge. ``--merge OUT.json`` writes all of it into one file: {"machine", "written", "parts", "ops", "kernels", "speedup"}. Needs
-no torch.
+Reads the JSON of pytest-benchmark, of ``textok-fast bench`` (speedup, steps, peers, parity, profile), of ``python -m
+textok_fast.ops.report`` and of a former merge. ``--merge OUT.json`` writes all of it into one file: {"machine", "written",
+"parts", "ops", "kernels", "speedup" (bench steps), "studies" (the others of bench, with their own tables)}. Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+STUDIES = ("peers", "parity", "profile")  # written as NAME.json with NAME.md beside it
 FIRST = ("eager", "sdpa", "cublas")  # baselines stand first, the floor last
 LAST = ("chosen", "copy")
 
 
 def empty() -> dict[str, Any]:
-    return {"machine": {}, "written": "", "parts": [], "ops": [], "kernels": [], "speedup": []}
+    return {"machine": {}, "written": "", "parts": [], "ops": [], "kernels": [], "speedup": [], "studies": []}
 
 
 def read(paths: Iterable[Path]) -> dict[str, Any]:
@@ -38,13 +39,19 @@ def read(paths: Iterable[Path]) -> dict[str, Any]:
             rows = [row_of(benchmark, machine) for benchmark in values["benchmarks"]]
             merged["ops"] += [row for row in rows if row is not None]
             merged["machine"] = merged["machine"] or machine
-        elif "ratios" in values:  # bench speedup
+        elif values.get("benchmark") == "speedup" or path.stem in STUDIES:
+            name = "speedup" if path.stem not in STUDIES else path.stem
+            beside = path.with_suffix(".md")
+            text = beside.read_text(encoding="utf-8") if beside.exists() else ""
+            merged["studies"].append({"study": name, "table": text, "result": values})
+            merged["machine"] = merged["machine"] or values.get("machine", {})
+        elif "ratios" in values:  # bench steps
             merged["speedup"].append(values)
             merged["machine"] = merged["machine"] or values.get("machine", {})
         elif "problems" in values and "rows" in values:  # textok_fast.ops.report
             merged["kernels"].append(values)
         elif "parts" in values:  # a former merge
-            for key in ("parts", "ops", "kernels", "speedup"):
+            for key in ("parts", "ops", "kernels", "speedup", "studies"):
                 merged[key] += values.get(key, [])
             merged["machine"] = merged["machine"] or values.get("machine", {})
     return merged
@@ -90,6 +97,10 @@ def tables(merged: Mapping[str, Any]) -> str:
         lines += [f"- {problem}" for problem in report["problems"]]
     for result in merged["speedup"]:
         lines += ["", "### One step of DiT, many tokens against few", "", *speedup_table(result)]
+    for study in merged["studies"]:
+        # Its plots lie elsewhere, and its headings go below ours.
+        text = [line for line in study["table"].splitlines() if not line.startswith("![")]
+        lines += ["", *(f"##{line}" if line.startswith("#") else line for line in text)]
     if merged["parts"]:
         lines += ["", "| part | ended | seconds |", "|---|---|---:|"]
         lines += [f"| {part['part']} | {part['status']} | {part.get('seconds', '')} |" for part in merged["parts"]]

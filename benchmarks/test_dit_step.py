@@ -1,5 +1,6 @@
 """One denoising step of the DiT: ``pytest benchmarks/test_dit_step.py``, with and without our operations, to follow from commit
-to commit. The headline ratio, with its spread and the machine's ceilings, is ``textok-fast bench speedup``."""
+to commit. The headline ratio, with its spread and the machine's ceilings, is ``textok-fast bench steps``, that of whole systems
+``textok-fast bench speedup``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from alternating import Contender, Work, compare
 
 from textok_fast.evaluation.roofline import resolve_device, torch_dtype
-from textok_fast.evaluation.speedup import SpeedupConfig, build_networks, step_flops, step_inputs
+from textok_fast.evaluation.step_times import StepTimesConfig, build_networks, step_flops, step_inputs
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of a whole step
 
@@ -21,7 +22,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of a whole step
 @pytest.mark.parametrize("size", ["tiny", "S"])
 def test_dit_step(benchmark: Any, size: str, tokens: int, dtype: str, batch: int) -> None:
     device = resolve_device("auto")
-    network = build_networks(SpeedupConfig(size=size, tokens=(tokens,)), device, torch_dtype(dtype))[tokens]
+    network = build_networks(StepTimesConfig(size=size, tokens=(tokens,)), device, torch_dtype(dtype))[tokens]
     inputs = step_inputs(network.config, batch, device, torch_dtype(dtype))
 
     def step() -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_dit_xl_step_with_and_without_operations(
     wherever an operation has them. Batch 2 is one sample with guidance. The bytes are the weights', read once a step."""
     size, tokens = "tiny" if smoke else "XL", 32
     kind = torch_dtype(dtype)
-    network = build_networks(SpeedupConfig(size=size, tokens=(tokens,)), device, kind)[tokens]
+    network = build_networks(StepTimesConfig(size=size, tokens=(tokens,)), device, kind)[tokens]
     inputs = step_inputs(network.config, batch, device, kind)
     contenders = {"eager": Contender(network.model, {"*": "reference"})}
     if device.type == "cuda":

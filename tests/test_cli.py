@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -86,7 +87,10 @@ ALL = [path for path, _ in commands(build_parser())]
 def test_all_commands_are_there() -> None:
     names = {"demo", "data", "train", "encode", "decode", "sample", "bench", "info"}
     assert {path[0] for path in ALL if path} == names
-    assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch"), ("bench", "speedup")} <= set(ALL)
+    assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch")} <= set(ALL)
+    assert {path[1] for path in ALL if len(path) > 1 and path[0] == "bench"} == {
+        "speedup", "draw", "steps", "peers", "profile", "parity",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -138,6 +142,7 @@ def test_version(run: Callable[..., Result]) -> None:
         ["train"],
         ["encode"],
         ["bench", "speedup", "--size", "huge"],
+        ["bench", "steps", "--size", "huge"],
         ["info", "a=1"],
         ["train", "tokenizer", "a=1", "--nope", "b=2"],
     ],
@@ -220,8 +225,39 @@ def test_a_place_that_cannot_be_written(run: Callable[..., Result], model: Path,
     taken = tmp_path / "file"
     taken.write_text("mine")
     assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", taken), str(taken))
-    assert_one_line(run("bench", "speedup", "--size", "tiny", "--tokens", 4, "--out", tmp_path), str(tmp_path))
+    assert_one_line(run("bench", "steps", "--size", "tiny", "--tokens", 4, "--out", tmp_path), str(tmp_path))
+    assert_one_line(run("bench", "speedup", "--size", "tiny", "--out", taken), str(taken))
+    for study in ("peers", "parity", "profile"):
+        assert_one_line(run("bench", study, "--out", taken, "device=cpu"), str(taken))
     assert taken.read_text() == "mine"
+
+
+def test_mistakes_of_benchmarks(run: Callable[..., Result], tmp_path: Path) -> None:
+    assert_one_line(run("bench", "speedup", "--systems", "DiT/9", "--out", tmp_path / "s"), "DiT/9", "TexTok-32")
+    assert_one_line(run("bench", "draw", tmp_path / "none.json"), "none.json")
+    assert_one_line(run("bench", "peers", "token=[32]"), "token")
+    assert_one_line(run("bench", "parity", "size=huge"), "huge")
+    assert not (tmp_path / "s").exists()
+
+
+def test_bench_studies_write_what_they_found(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @dataclasses.dataclass
+    class Config:
+        size: str = "XL"
+        out: str = ""
+
+    def measure(config: Config, command: str | None = None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(to_dict=lambda: {"size": config.size, "out": config.out}, to_markdown=lambda: "a table")
+
+    fake = types.SimpleNamespace(ProfileConfig=Config, run_profile=measure)
+    monkeypatch.setitem(sys.modules, "textok_fast.evaluation.profile", fake)
+    out = tmp_path / "a place"
+    result = run("bench", "profile", "--out", out, "size=S", "--json")
+    assert json.loads(result.out) == {"size": "S", "out": str(out)}
+    assert json.loads((out / "profile.json").read_text()) == {"size": "S", "out": str(out)}
+    assert (out / "profile.md").read_text() == "a table"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
+import inspect
 import json
 import os
 import shlex
@@ -32,7 +34,6 @@ from textok_fast.errors import InputError
 
 if TYPE_CHECKING:
     from textok_fast.data import CaptionedImages
-    from textok_fast.evaluation import SpeedupResult
     from textok_fast.training.loop import TrainResult
 
 # What a command returns is what --json prints; None where another process of the run prints it.
@@ -186,22 +187,58 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True)
     sample.add_argument("--device", default="auto")
 
-    kinds = _group(commands, "bench", "measure this machine",
-        "textok-fast bench speedup --size XL --tokens 32 4096 --out speedup.json")  # fmt: skip
-    speedup = _command(kinds, "speedup", run_bench_speedup, "time one denoising step of a DiT over few and over many tokens",
-        "textok-fast bench speedup --size XL --tokens 32 1024 4096 --batch 1 --dtype fp32 bf16 --out speedup.json")  # fmt: skip
+    kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
+    speedup = _command(kinds, "speedup", run_bench_speedup,
+        "compare whole systems over few and over many tokens, in three forms each",
+        "textok-fast bench speedup --out speedup --threads 2")  # fmt: skip
+    speedup.add_argument("--out", type=Path, help="directory for results.json, results.md and plots")
+    speedup.add_argument("--systems", nargs="+", default=[], metavar="SYSTEM",
+        help="TexTok-32 (or another number), DiT/2, DiT/1 (default: by device)")  # fmt: skip
+    speedup.add_argument("--forms", nargs="+", default=["reference", "compile", "engine"],
+        choices=("reference", "compile", "engine"))  # fmt: skip
+    speedup.add_argument("--dtype", nargs="+", default=[], choices=("fp32", "bf16", "int8", "fp8"),
+        help="int8 (CPU) and fp8 (GPU) are the engine's only (default: by device)")  # fmt: skip
+    speedup.add_argument("--batch", type=int, nargs="+", default=[], help="(default: by device)")
+    speedup.add_argument("--sampler", default="ddpm", choices=("ddpm", "ddim"))
+    speedup.add_argument("--steps", type=int, default=250)
+    speedup.add_argument("--full", action="store_true", help="also time whole pictures, none of it scaled")
+    speedup.add_argument(
+        "--rounds", type=int, default=5, help="rounds over all systems and forms, at most (default: %(default)s)"
+    )
+    speedup.add_argument(
+        "--time-budget", type=float, default=5400.0, metavar="SECONDS",
+        help="what does not come to 3 rounds within it is left out, and the result says so (default: %(default)s)",
+    )  # fmt: skip
+    speedup.add_argument("--text-encoder", default="minilm", help="minilm, or a transformers model by name or directory")
     speedup.add_argument("--size", choices=tuple(GENERATOR_SIZES), default="XL")
-    speedup.add_argument("--tokens", type=int, nargs="+", default=[32, 1024, 4096])
-    speedup.add_argument("--batch", type=int, nargs="+", default=[1])
-    speedup.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
     speedup.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    speedup.add_argument("--rounds", type=int, default=10, help="rounds over all token counts, at most (default: %(default)s)")
-    speedup.add_argument("--min-rounds", type=int, default=3)
-    speedup.add_argument("--warmup", type=int, default=2)
-    speedup.add_argument("--guidance", action="store_true", help="twice the batch, as a guided step runs")
-    speedup.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
     speedup.add_argument("--device", default="auto")
-    speedup.add_argument("--out", type=Path, help="JSON; a Markdown table and an SVG plot are written beside it")
+
+    draw = _command(kinds, "draw", run_bench_draw, "write the table and the plots of `bench speedup` again",
+        "textok-fast bench draw speedup/results.json")  # fmt: skip
+    draw.add_argument("results", type=Path, help="results.json")
+    draw.add_argument("--out", type=Path, help="directory (default: where the results are)")
+
+    steps = _command(kinds, "steps", run_bench_steps, "time one step of a DiT in PyTorch over few and over many tokens",
+        "textok-fast bench steps --size XL --tokens 32 1024 4096 --batch 1 --dtype fp32 bf16 --out steps.json")  # fmt: skip
+    steps.add_argument("--size", choices=tuple(GENERATOR_SIZES), default="XL")
+    steps.add_argument("--tokens", type=int, nargs="+", default=[32, 1024, 4096])
+    steps.add_argument("--batch", type=int, nargs="+", default=[1])
+    steps.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "fp16"))
+    steps.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    steps.add_argument("--rounds", type=int, default=10, help="rounds over all token counts, at most (default: %(default)s)")
+    steps.add_argument("--min-rounds", type=int, default=3)
+    steps.add_argument("--warmup", type=int, default=2)
+    steps.add_argument("--guidance", action="store_true", help="twice the batch, as a guided step runs")
+    steps.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
+    steps.add_argument("--device", default="auto")
+    steps.add_argument("--out", type=Path, help="JSON; a Markdown table and an SVG plot are written beside it")
+
+    for name, (help_text, settings) in STUDIES.items():
+        study = _command(kinds, name, run_bench_study, help_text, f"textok-fast bench {name} --out {name} {settings}")
+        study.set_defaults(study=name)
+        study.add_argument("--out", type=Path, help=f"directory for {name}.json and {name}.md")
+        study.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings, such as {settings}")
 
     _command(commands, "info", run_info, "what is installed, what is lacking and why", "textok-fast info")
     return parser
@@ -379,9 +416,56 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
-    from textok_fast.evaluation import SpeedupConfig, console_table, run_speedup, save
+    from textok_fast.evaluation.speedup import SpeedupConfig, SpeedupResult, run_speedup
+    from textok_fast.evaluation.speedup_report import console, save
 
     config = SpeedupConfig(
+        size=args.size,
+        systems=tuple(args.systems),
+        forms=tuple(args.forms),
+        precisions=tuple(args.dtype),
+        batch=tuple(args.batch),
+        sampler=args.sampler,
+        steps=args.steps,
+        rounds=args.rounds,
+        min_rounds=min(args.rounds, SpeedupConfig.min_rounds),
+        time_budget_s=args.time_budget,
+        full=args.full,
+        text_encoder=args.text_encoder,
+        threads=args.threads,
+        device=args.device,
+    )
+    if args.out is not None:
+        _require_writable(args.out / "results.json")
+    written: list[Path] = []
+
+    def keep(result: SpeedupResult) -> None:
+        if args.out is not None:
+            written[:] = save(result, args.out)
+
+    result = run_speedup(config, command=args.command_line, on_result=keep)
+    print(console(result))
+    if written:
+        print("wrote " + ", ".join(map(str, written)))
+    return result.to_dict()
+
+
+def run_bench_draw(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation.speedup import load
+    from textok_fast.evaluation.speedup_report import RESULTS_NAME, save
+
+    out = args.results.parent if args.out is None else args.out
+    result = load(args.results)
+    _require_writable(out / RESULTS_NAME)
+    written = save(result, out)
+    print("wrote " + ", ".join(map(str, written)))
+    return {"written": [str(path) for path in written]}
+
+
+def run_bench_steps(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation import StepTimesConfig, StepTimesResult, console_table, run_step_times, save
+
+    config = StepTimesConfig(
         size=args.size,
         tokens=tuple(args.tokens),
         batch=tuple(args.batch),
@@ -398,15 +482,53 @@ def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
         _require_writable(args.out)
     written: list[Path] = []
 
-    def keep(result: SpeedupResult) -> None:
+    def keep(result: StepTimesResult) -> None:
         if args.out is not None:
             written[:] = save(result, args.out)
 
-    result = run_speedup(config, command=args.command_line, on_result=keep)
+    result = run_step_times(config, command=args.command_line, on_result=keep)
     print(console_table(result))
     if written:
         print("wrote " + ", ".join(map(str, written)))
     return result.to_dict()
+
+
+# command -> what it does, and settings for its example; textok_fast.evaluation.NAME has run_NAME and NameConfig
+STUDIES = {
+    "peers": ("compare the engine's step with other engines on the same weights", "tokens=[32] threads=[1]"),
+    "profile": ("write a profiler's trace and the table of the kernels that take longest", "size=S"),
+    "parity": ("measure what each precision and option changes in a forward pass and in samples", "size=S"),
+}
+
+
+def run_bench_study(args: argparse.Namespace) -> dict[str, Any]:
+    import importlib
+
+    from textok_fast.files import write_text
+
+    module = importlib.import_module(f"textok_fast.evaluation.{args.study}")
+    cls = getattr(module, f"{args.study.capitalize()}Config")
+    files = [] if args.out is None else [args.out / f"{args.study}{suffix}" for suffix in (".json", ".md")]
+    has_out = args.out is not None and "out" in {field.name for field in dataclasses.fields(cls)}
+    config = load_config(cls, overrides=[*([f"out={json.dumps(str(args.out))}"] if has_out else []), *args.overrides])
+    if files:
+        _require_writable(files[0])
+
+    def keep(result: Any) -> None:
+        if files:
+            write_text(files[0], json.dumps(result.to_dict(), indent=1) + "\n")
+            write_text(files[1], result.to_markdown())
+
+    run = getattr(module, f"run_{args.study}")
+    parameters = inspect.signature(run).parameters
+    given = {"command": args.command_line, "on_result": keep}
+    result = run(config, **{name: value for name, value in given.items() if name in parameters})
+    keep(result)
+    print(result.to_markdown())
+    if files:
+        print("wrote " + ", ".join(map(str, files)))
+    values: dict[str, Any] = result.to_dict()
+    return values
 
 
 def run_info(args: argparse.Namespace) -> dict[str, Any]:

@@ -505,7 +505,8 @@ def _adapter(cls: Any) -> Any:
 def _fill_nested(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Resolves ``size`` and lays partial nested mappings over the nested defaults."""
     values = dict(values)
-    size = values.pop("size", None)
+    has_field = any(item.name == "size" for item in dataclasses.fields(cls))  # then a size is only what that class says
+    size = None if has_field else values.pop("size", None)
     if size is not None and hasattr(cls, "named"):
         named = to_dict(cls.named(str(size), **_size_inputs(cls, values)))
         derived = {"fsq_levels"}  # depends on fields that may still change below

@@ -316,15 +316,15 @@ class _Demo:
         )
 
     def _speedup(self, results: Any, command: str) -> None:
-        from textok_fast.evaluation import SpeedupConfig, run_speedup
+        from textok_fast.evaluation import StepTimesConfig, run_step_times
 
-        config = SpeedupConfig(
+        config = StepTimesConfig(
             size=self.effort.speedup_size,
             tokens=self.effort.speedup_tokens,
             dtypes=("fp32",),
             time_budget_s=self.effort.speedup_seconds,
         )
-        results.speedup = run_speedup(config, command=command).to_dict()
+        results.speedup = run_step_times(config, command=command).to_dict()
 
     def _settings(self, tokenizer: Any, generator: Any) -> dict[str, Any]:
         config, train = tokenizer.config, self.config

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from textok_fast.errors import InputError
-from textok_fast.evaluation import DemoResults, SpeedupConfig, SpeedupResult, render_report, write_report
+from textok_fast.evaluation import DemoResults, StepTimesConfig, StepTimesResult, render_report, write_report
 from textok_fast.evaluation.plots import Level, Series, line_plot
 from textok_fast.evaluation.roofline import Ceilings, machine_info
-from textok_fast.evaluation.speedup import SpeedupRatio, SpeedupRow, Spread
+from textok_fast.evaluation.step_times import Spread, StepTimesRatio, StepTimesRow
 from textok_fast.pictures import image_grid
 
 
@@ -31,17 +31,17 @@ def spread(value: float) -> Spread:
     return Spread(value, value, value, value, value)
 
 
-def speedup_result() -> SpeedupResult:
+def speedup_result() -> StepTimesResult:
     rows = [
-        SpeedupRow(n, name, "fp32", 1, 1, 10, 3, 3, spread(s), spread(s), [s] * 3, [s] * 3, 10**9, 1e9, 0.5, 40, 40.0, 0.1)
+        StepTimesRow(n, name, "fp32", 1, 1, 10, 3, 3, spread(s), spread(s), [s] * 3, [s] * 3, 10**9, 1e9, 0.5, 40, 40.0, 0.1)
         for n, name, s in ((32, "TexTok-32 + DiT-S", 0.01), (4096, "DiT-S/1 at 512 px", 1.23))
     ]
-    ratio = SpeedupRatio(
+    ratio = StepTimesRatio(
         "fp32", 1, 4096, 32, rows[1].network, rows[0].network, 123.0, spread(123.0), 122.0, spread(122.0), 200.0
     )
     ceiling = Ceilings("cpu", "fp32", 1, 2e9, (8, 8, 8), 1e9, 1e9)
-    config = SpeedupConfig(size="S", tokens=(32, 4096), dtypes=("fp32",))
-    return SpeedupResult(config, rows, [ratio], [ceiling], machine_info(), "cpu", 1, "bench", "2026-01-01", 3.0)
+    config = StepTimesConfig(size="S", tokens=(32, 4096), dtypes=("fp32",))
+    return StepTimesResult(config, rows, [ratio], [ceiling], machine_info(), "cpu", 1, "bench", "2026-01-01", 3.0)
 
 
 @pytest.fixture

@@ -3,25 +3,25 @@
 from textok_fast.evaluation.metrics import psnr, reconstruction_metrics, ssim
 from textok_fast.evaluation.report import DemoResults, render_report, write_report
 from textok_fast.evaluation.roofline import Ceilings, count_flops, machine_info, measure_ceilings
-from textok_fast.evaluation.speedup import (
+from textok_fast.evaluation.step_times import (
     PUBLISHED_SPEEDUP,
-    SpeedupConfig,
-    SpeedupResult,
+    StepTimesConfig,
+    StepTimesResult,
     console_table,
     load,
     markdown_table,
-    run_speedup,
+    run_step_times,
     save,
-    speedup_svg,
     step_flops,
+    step_times_svg,
 )
 
 __all__ = [
     "PUBLISHED_SPEEDUP",
     "Ceilings",
     "DemoResults",
-    "SpeedupConfig",
-    "SpeedupResult",
+    "StepTimesConfig",
+    "StepTimesResult",
     "console_table",
     "count_flops",
     "load",
@@ -31,10 +31,10 @@ __all__ = [
     "psnr",
     "reconstruction_metrics",
     "render_report",
-    "run_speedup",
+    "run_step_times",
     "save",
-    "speedup_svg",
     "ssim",
     "step_flops",
+    "step_times_svg",
     "write_report",
 ]

@@ -104,6 +104,47 @@ def line_plot(
     return "\n".join([*parts, "</svg>"])
 
 
+def bar_plot(
+    title: str, x_label: str, names: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], standalone: bool = False
+) -> str:
+    """An SVG element with a horizontal bar for each of ``names``, put together of ``parts``: (part, its length in each bar).
+
+    Each bar fills the width, whatever its sum: shares are compared, not lengths.
+    """
+    row, top = 30, 36 + 20 * math.ceil(len(parts) / 2)
+    height = top + row * max(1, len(names)) + 34
+    left, right = 210, WIDTH + 120 - RIGHT
+    ground = ' style="background:#fff;color:#1f2328"' if standalone else ""
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 120} {height}" role="img"{ground}'
+        f' aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">',
+        f"<title>{escape(title)}</title>",
+    ]
+    if standalone:
+        out.append(f'<rect width="{WIDTH + 120}" height="{height}" fill="#fff"/>')
+    out.append(f'<text x="12" y="20" font-size="15" font-weight="600">{escape(title)}</text>')
+    for index, (part, _) in enumerate(parts):
+        start, base = 12 + 240 * (index % 2), 42 + 20 * (index // 2)
+        out.append(f'<rect x="{start}" y="{base - 11}" width="14" height="12" fill="{_colour(index)}"/>')
+        out.append(f'<text x="{start + 20}" y="{base}">{escape(part)}</text>')
+    for line, name in enumerate(names):
+        x: float = left
+        y = top + row * line + 6
+        out.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+        lengths = [values[line] if math.isfinite(values[line]) else 0.0 for _, values in parts]
+        total = sum(lengths)
+        for index, length in enumerate(lengths):
+            width = (right - left) * length / total if total > 0 else 0.0
+            if width > 0:
+                out.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{row - 9}" fill="{_colour(index)}"/>')
+            if width > 34:
+                share = f"{100 * length / total:.0f} %"
+                out.append(f'<text x="{x + width / 2:.1f}" y="{y + 15}" text-anchor="middle" fill="#fff">{share}</text>')
+            x += width
+    out.append(f'<text x="{(left + right) / 2:.1f}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>')
+    return "\n".join([*out, "</svg>"])
+
+
 def number(value: float) -> str:
     """A tick label: 4,096; 0.25; 2e-05."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from textok_fast.errors import InputError
 from textok_fast.evaluation.plots import Series, line_plot
-from textok_fast.evaluation.speedup import HEADINGS, SpeedupResult, speedup_svg, table_cells
+from textok_fast.evaluation.step_times import HEADINGS, StepTimesResult, step_times_svg, table_cells
 from textok_fast.files import write_text
 from textok_fast.pictures import as_uint8
 
@@ -66,7 +66,7 @@ class DemoResults:
     samples: np.ndarray | None = None  # (B, H, W, 3) uint8
     sample_captions: list[str] = field(default_factory=list)
     onnx: list[dict[str, Any]] = field(default_factory=list)  # "model", "max_abs_difference", "tolerance", "passed", more
-    speedup: dict[str, Any] = field(default_factory=dict)  # SpeedupResult.to_dict()
+    speedup: dict[str, Any] = field(default_factory=dict)  # StepTimesResult.to_dict()
     durations: dict[str, float] = field(default_factory=dict)  # part -> seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, such as a stand-in for the pictures
 
@@ -128,7 +128,7 @@ def _headline(results: DemoResults) -> str:
             sentence += f", and with the wrong captions {_db(seen['shuffled']['psnr'])}"
         sentences.append(sentence + ".")
     if results.speedup:
-        result = SpeedupResult.from_dict(results.speedup)
+        result = StepTimesResult.from_dict(results.speedup)
         if result.ratios:
             ratio = max(result.ratios, key=lambda r: r.tokens)  # of several dtypes the first, not the most flattering
             sentences.append(
@@ -220,7 +220,7 @@ def _samples(results: DemoResults) -> str:
 def _speedup(results: DemoResults) -> str:
     if not results.speedup:
         return _not_run("The measurement")
-    result = SpeedupResult.from_dict(results.speedup)
+    result = StepTimesResult.from_dict(results.speedup)
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in result.rows))
     head = [SPEEDUP_COLUMNS.get(name, name) for name in HEADINGS if SPEEDUP_COLUMNS.get(name, name)]
     keep = [column for column, name in enumerate(HEADINGS) if SPEEDUP_COLUMNS.get(name, name)]
@@ -235,7 +235,7 @@ def _speedup(results: DemoResults) -> str:
         "tokens (ratio of medians, wall time). The dashed line is what the paper publishes: "
         f"{result.published['speedup']}x, {escape(str(result.published['claim']))}. That compares whole systems on the paper's "
         "hardware; this compares one step of one network on this machine, so the two need not agree.</p>"
-        f'<div class="plot wide">{speedup_svg(result)}</div>'
+        f'<div class="plot wide">{step_times_svg(result)}</div>'
         + _table(head, rows)
         + f"<p>Peak: the fastest torch matrix product and read measured in the same run ({escape(ceilings)}).</p>"
     )
@@ -296,7 +296,7 @@ def _not_run(what: str) -> str:
     return f"<p>{escape(what)} was not part of this run.</p>"
 
 
-def _where(result: SpeedupResult) -> str:
+def _where(result: StepTimesResult) -> str:
     place = "this CPU" if result.device == "cpu" else "this GPU"
     return f"{place}, {result.threads} thread{'s' if result.threads != 1 else ''}"
 

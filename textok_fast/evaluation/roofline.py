@@ -74,19 +74,18 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measures :class:`Ceilings` of one device and dtype, each rate as the best repetition within about ``seconds``.
 
+    ``dtype``: of :data:`DTYPES`, or "int8" on a CPU and "fp8" on CUDA: the products with 8-bit weights and activations.
     ``shapes``: (rows, inner, columns) of the products to try; ``copy_size``: bytes of the tensor that is read and copied.
     Raises :class:`InputError` for an unknown dtype or a device that is not there.
     """
-    device, kind = resolve_device(device), torch_dtype(dtype)
+    device = resolve_device(device)
     on_cuda = device.type == "cuda"
     shapes = shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES)
     copy_size = copy_size or (CUDA_COPY_BYTES if on_cuda else CPU_COPY_BYTES)
     with use_threads(threads), torch.inference_mode():
         rates = {}
         for rows, inner, columns in shapes:
-            left = torch.randn(rows, inner, device=device, dtype=kind)
-            weight = torch.randn(columns, inner, device=device, dtype=kind)
-            product = _product(left, weight)
+            product = _product(rows, inner, columns, device, dtype)
             rates[rows, inner, columns] = 2 * rows * inner * columns / _best_seconds(product, device, seconds)
         best = max(rates, key=lambda shape: rates[shape])
         source = torch.zeros(max(1, copy_size // 4), device=device)
@@ -98,8 +97,28 @@ def measure_ceilings(
         return Ceilings(str(device), dtype, torch.get_num_threads(), rates[best], best, read, copy)
 
 
-def _product(left: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: torch.nn.functional.linear(left, weight)  # (rows, columns)
+def _product(rows: int, inner: int, columns: int, device: torch.device, dtype: str) -> Callable[[], torch.Tensor]:
+    """x (rows, inner) @ weight^T (inner, columns), as torch has it in this dtype."""
+    if dtype == "int8" and device.type == "cpu":
+        return _int8_product(rows, inner, columns)
+    if dtype == "fp8" and device.type == "cuda":
+        x, weight = (torch.randn(size, inner, device=device).to(torch.float8_e4m3fn) for size in (rows, columns))
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
+    kind = torch_dtype(dtype)
+    x = torch.randn(rows, inner, device=device, dtype=kind)
+    weight = torch.randn(columns, inner, device=device, dtype=kind)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _int8_product(rows: int, inner: int, columns: int) -> Callable[[], torch.Tensor]:
+    """oneDNN's product of bytes and int8 weights with float32 results."""
+    x = torch.randint(0, 256, (rows, inner), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (columns, inner), dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, [rows, inner])
+    scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
+    options: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "none")  # of the result; what follows the product
+    return lambda: torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, packed, scales, zeros, None, *options)
 
 
 def _best_seconds(call: Callable[[], Any], device: torch.device, seconds: float) -> float:

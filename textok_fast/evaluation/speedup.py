@@ -1,156 +1,211 @@
-"""The headline benchmark: how much faster one denoising step of a DiT is over few tokens than over many.
+"""The headline benchmark, ``textok-fast bench speedup``: whole systems that make pictures of 512 px, compared like for like.
 
-All token counts of a dtype and batch run in turn, round after round, in one process: what disturbs the machine disturbs
-each of them. One step is one forward of the reference PyTorch network, the same blocks each time; what precedes it (text
-encoder) and follows it (decoder, sampler arithmetic) is not in it.
+Every system runs in every form (:data:`systems.FORMS`), part by part: the text encoder, the modulation that the engine computes
+ahead, the denoising steps, the decoder. All of one precision and batch are in memory at once and take turns, round after round,
+so that what disturbs the machine disturbs each of them. Where a whole sampling run is too long, some of its steps are timed and
+scaled to all of them; the row says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import gc
+import itertools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from textok_fast.config import GENERATOR_SIZES, DiTConfig
+from textok_fast.config import GENERATOR_SIZES
 from textok_fast.errors import InputError
-from textok_fast.evaluation.plots import Level, Series, line_plot
-from textok_fast.evaluation.roofline import (
-    Ceilings,
-    count_flops,
-    machine_info,
-    measure_ceilings,
-    time_call,
-    torch_dtype,
-    use_threads,
-)
-from textok_fast.files import write_text
+from textok_fast.evaluation.energy import Energy
+from textok_fast.evaluation.roofline import Ceilings, machine_info, measure_ceilings, time_call, use_threads
+from textok_fast.evaluation.step_times import PUBLISHED_CLAIM, PUBLISHED_SPEEDUP
+from textok_fast.evaluation.systems import FORMS, PRECISIONS, SAMPLERS, Bench, Loop, StepCost, System, step_cost, system_named
+from textok_fast.inference.memory import available_memory, format_bytes
 from textok_fast.ops.device import resolve_device
-from textok_fast.ops.dispatch import use_backend
 
-PUBLISHED_SPEEDUP = 93.5
-PUBLISHED_CLAIM = (
-    "TexTok-32 + DiT-XL against DiT-XL/2, ImageNet 512 px, generating a whole image as published (arXiv 2412.05796)"
-)
-TEXTOK_TOKENS = (32, 64, 128, 256)  # the token counts that TexTok was published with
-WARMUP_SECONDS = 2.0  # one warm-up step is enough for a network whose step alone is this long
-REPEATS = 8  # most steps that a fast network takes in one round
+PARTS = ("text", "modulation", "step", "decoder")
+WHOLE_SECONDS = 2.0  # a sampling run that takes no longer is timed as a whole
+ROUND_SECONDS = 1.0  # of a longer one so much is timed in a round, but at least one step
+SHORT_PART_SECONDS = 0.25  # a part that takes no longer is timed several times in a round
+REPEATS = 5
+ENERGY_SECONDS = 1.0  # energy is read over at least so much work: the counters tick in tenths of a second
+DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "cpu": {"systems": ("TexTok-32", "DiT/2", "DiT/1"), "precisions": ("bf16", "fp32"), "batch": (1,)},
+    "cuda": {
+        "systems": ("TexTok-32", "TexTok-64", "TexTok-128", "TexTok-256", "DiT/2", "DiT/1"),
+        "precisions": ("bf16", "fp8"),
+        "batch": (1, 8, 64, 256),
+    },
+}
 
 
 @dataclass
 class SpeedupConfig:
-    """What to measure. ``tokens`` are transformer tokens; each count is compared with the smallest one.
+    """What to compare. Empty ``systems``, ``precisions`` and ``batch`` become :data:`DEFAULTS` of the device.
 
-    ``rounds``: at most so many, at least ``min_rounds``, and as many as ``time_budget_s`` allows (seconds for the whole run;
-    None: no limit). ``threads``: None keeps torch's number. ``guidance``: the network runs on twice the batch, as a step with
-    classifier-free guidance does. ``warmup``: steps before the clock starts, fewer where one takes long.
+    Attributes:
+        systems: "TexTok-N", "DiT/2" (1,024 transformer tokens at 512 px), "DiT/1" (4,096).
+        forms: of :data:`systems.FORMS`.
+        precisions: fp32, bf16; of the engine only int8 (CPU) and fp8 (CUDA).
+        sampler: "ddpm" or "ddim", with ``steps`` steps and a guidance ``scale`` other than 1.
+        rounds: at most so many, at least ``min_rounds``, and as many as ``time_budget_s`` allows (seconds for the whole run,
+            without starting up). What does not get its ``min_rounds`` out of its share of the budget is left out.
+        full: also times whole pictures, from caption to pixels, none of it scaled.
+        threads: None keeps torch's number.
     """
 
     size: str = "XL"
-    tokens: tuple[int, ...] = (32, 1024, 4096)
-    batch: tuple[int, ...] = (1,)
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    threads: int | None = None
-    rounds: int = 10
+    systems: tuple[str, ...] = ()
+    forms: tuple[str, ...] = tuple(FORMS)
+    precisions: tuple[str, ...] = ()
+    batch: tuple[int, ...] = ()
+    sampler: str = "ddpm"
+    steps: int = 250
+    scale: float = 1.5
+    rounds: int = 5
     min_rounds: int = 3
-    warmup: int = 2
+    time_budget_s: float = 5400.0
+    full: bool = False
+    text_encoder: str = "minilm"
+    threads: int | None = None
     device: str = "auto"
-    guidance: bool = False
-    time_budget_s: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens, self.batch, self.dtypes = tuple(sorted(set(self.tokens))), tuple(self.batch), tuple(self.dtypes)
+        for name in ("systems", "forms", "precisions", "batch"):
+            setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if self.size not in GENERATOR_SIZES:
             raise InputError(f"unknown size {self.size!r}; known: {', '.join(GENERATOR_SIZES)}")
-        for name in ("tokens", "batch"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise InputError(f"{name} must be one or more numbers of at least 1, got {list(values)}")
-        if not self.dtypes:
-            raise InputError("dtypes must name at least one of fp32, bf16, fp16")
-        for dtype in self.dtypes:
-            torch_dtype(dtype)
-        if self.warmup < 0 or self.min_rounds < 1 or self.rounds < self.min_rounds:
-            raise InputError(
-                f"warmup must be at least 0 and 1 <= min_rounds <= rounds; got warmup={self.warmup}, "
-                f"min_rounds={self.min_rounds}, rounds={self.rounds}"
-            )
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads must be at least 1, got {self.threads}")
-        if self.time_budget_s is not None and not self.time_budget_s > 0:
+        for name in self.systems:
+            system_named(name, self.size)
+        for name, known in (("forms", FORMS), ("precisions", PRECISIONS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise InputError(f"unknown {name[:-1]} {value!r}; known: {', '.join(known)}")
+        if not self.forms:
+            raise InputError(f"forms must name at least one of {', '.join(FORMS)}")
+        if any(value < 1 for value in self.batch):
+            raise InputError(f"batch must be numbers of at least 1, got {list(self.batch)}")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, which the original code has; got {self.sampler!r}")
+        if not 1 <= self.steps <= 1000:
+            raise InputError(f"steps must be 1 to 1000, got {self.steps}")
+        if self.scale == 1:
+            raise InputError("scale 1 is no guidance; every published system is guided: give another, such as 1.5")
+        if not 1 <= self.min_rounds <= self.rounds:
+            raise InputError(f"1 <= min_rounds <= rounds, got min_rounds={self.min_rounds}, rounds={self.rounds}")
+        if not self.time_budget_s > 0:
             raise InputError(f"time_budget_s must be above 0 seconds, got {self.time_budget_s}")
 
+    def resolved(self, device: torch.device) -> SpeedupConfig:
+        """With the defaults of the device in place of what is empty."""
+        given: dict[str, Any] = {name: getattr(self, name) or values for name, values in DEFAULTS[device.type].items()}
+        return dataclasses.replace(self, **given)
+
 
 @dataclass(frozen=True)
-class Spread:
-    """Smallest value, quartiles and largest one. Seconds for steps, a plain number for ratios."""
+class Timing:
+    """Wall seconds of one call, over ``samples`` calls. p99 of fewer than 100 samples is all but the longest. ``rounds``: the
+    median of each round; ``processor``: median of the process's own seconds, its threads added up."""
 
-    min: float
+    p50: float
     p25: float
-    median: float
     p75: float
+    p99: float
+    min: float
     max: float
+    samples: int
+    rounds: list[float]
+    processor: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        ordered = torch.tensor(sorted(values), dtype=torch.float64)
-        p25, p75 = (float(torch.quantile(ordered, q)) for q in (0.25, 0.75))
-        return cls(min(values), p25, statistics.median(values), p75, max(values))
+    def of(cls, rounds: Sequence[Sequence[tuple[float, float]]]) -> Timing:
+        """From (wall, processor) seconds, round by round."""
+        walls = torch.tensor([wall for one in rounds for wall, _ in one], dtype=torch.float64)
+        p25, p50, p75, p99 = (float(torch.quantile(walls, q)) for q in (0.25, 0.5, 0.75, 0.99))
+        medians = [statistics.median(wall for wall, _ in one) for one in rounds]
+        processor = statistics.median(used for one in rounds for _, used in one)
+        return cls(p50, p25, p75, p99, float(walls.min()), float(walls.max()), len(walls), medians, processor)
 
 
 @dataclass(frozen=True)
-class SpeedupRow:
-    """One network at one dtype and batch. ``wall`` and ``processor`` are seconds a step over all ``steps``;
-    ``round_wall``, ``round_processor`` the median of each round. FLOPs are of one step; rates are at the median wall time."""
+class Row:
+    """One system in one form, precision and batch. Seconds are of the whole batch.
 
+    ``parts``: "text" and "modulation" (both may be absent) and "decoder" once a batch, "step" ``steps`` times.
+    ``steps_timed``: steps of one sampling run timed in a round; ``steps`` when whole runs were timed, modulation included.
+    ``batch_s``: text + modulation + steps x step + decoder, at the medians; ``batch_rounds`` the same round by round.
+    """
+
+    system: str
     tokens: int
-    network: str
-    dtype: str
+    form: str
+    precision: str
     batch: int
-    model_batch: int  # twice the batch with guidance
-    parameters: int
-    rounds: int
+    how: str  # how the generator runs
+    decoder: str
+    decoder_precision: str
+    sampler: str
     steps: int
-    wall: Spread
-    processor: Spread
-    round_wall: list[float]
-    round_processor: list[float]
-    flops: int
-    flops_per_s: float
-    peak_share: float  # of the measured matmul ceiling of this dtype
-    weight_bytes: int  # read once a step; embedding tables, of which a step reads one row an image, are left out
-    weight_bytes_per_s: float
-    read_share: float  # of the measured read ceiling
+    steps_timed: int
+    parts: dict[str, Timing]
+    batch_s: float
+    batch_rounds: list[float]
+    images_per_s: float
+    setup_s: float  # building, compiling, capturing and the first run
+    flops: int  # of a step, its modulation given
+    bytes: int  # that a step must read
+    floor_s: float | None  # of a step: the longer of FLOPs at the matrix ceiling and bytes at the read ceiling
+    floor_by: str  # which of the two
+    floor_share: float | None  # floor / measured
+    memory_bytes: int | None  # the generator's weights in this form, and the peak on top of them in a run's first step
+    joules_per_image: float | None  # of the sampling run, where the device reports energy
+    full: Timing | None  # whole pictures, none of it scaled
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.system, self.form
 
 
 @dataclass(frozen=True)
-class SpeedupRatio:
-    """How many times longer ``tokens`` takes than ``base_tokens``. ``wall`` and ``processor`` are ratios of medians, the
-    spreads are of the ratios of the two networks round by round; ``flops`` is the ratio of the counted FLOPs."""
+class Skipped:
+    """What was to be measured and was not."""
 
-    dtype: str
+    system: str
+    form: str
+    precision: str
     batch: int
-    tokens: int
-    base_tokens: int
-    network: str
-    base_network: str
-    wall: float
-    wall_by_round: Spread
-    processor: float
-    processor_by_round: Spread
-    flops: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long ``slow`` takes as ``fast``, each (system, form), per step and per picture end to end.
+
+    ``kind``: "method" (two systems, one form), "engine" (one system, two forms), "both". Each is the median of the ratios of
+    the single rounds, in which both ran one after the other; the ranges are the lowest and the highest of them.
+    """
+
+    kind: str
+    precision: str
+    batch: int
+    slow: tuple[str, str]
+    fast: tuple[str, str]
+    tokens: int  # of the slow system
+    step: float
+    step_range: tuple[float, float]
+    image: float
+    image_range: tuple[float, float]
 
 
 @dataclass
@@ -158,8 +213,9 @@ class SpeedupResult:
     """All that one run measured and where, JSON-ready through :meth:`to_dict`."""
 
     config: SpeedupConfig
-    rows: list[SpeedupRow]
-    ratios: list[SpeedupRatio]
+    rows: list[Row]
+    skipped: list[Skipped]
+    ratios: list[Ratio]
     ceilings: list[Ceilings]
     machine: dict[str, Any]
     device: str
@@ -167,63 +223,59 @@ class SpeedupResult:
     command: str
     date: str  # ISO 8601, UTC
     duration_s: float
+    complete: bool = False  # whether the run came to its end
     published: dict[str, Any] = field(default_factory=lambda: {"speedup": PUBLISHED_SPEEDUP, "claim": PUBLISHED_CLAIM})
+    benchmark: str = "speedup"
 
     def to_dict(self) -> dict[str, Any]:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        for name in ("rows", "ratios"):
+        for name in ("rows", "skipped", "ratios"):
             values[name] = [dataclasses.asdict(entry) for entry in values[name]]
         config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.config).items()}
         return {**values, "config": config, "ceilings": [entry.to_dict() for entry in self.ceilings]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SpeedupResult:
-        """The inverse of :meth:`to_dict`. Raises :class:`InputError` for something else."""
+        """The inverse of :meth:`to_dict`, also after JSON. Raises :class:`InputError` for something else."""
 
-        def spreads(entry: dict[str, Any], *names: str) -> dict[str, Any]:
-            return {**entry, **{name: Spread(**entry[name]) for name in names}}
+        def row(entry: dict[str, Any]) -> Row:
+            parts = {name: Timing(**part) for name, part in entry["parts"].items()}
+            return Row(**{**entry, "parts": parts, "full": Timing(**entry["full"]) if entry["full"] else None})
+
+        def ratio(entry: dict[str, Any]) -> Ratio:
+            pairs = {name: tuple(entry[name]) for name in ("slow", "fast", "step_range", "image_range")}
+            return Ratio(**{**entry, **pairs})
 
         try:
             return cls(
                 **{
                     **values,
                     "config": SpeedupConfig(**values["config"]),
-                    "rows": [SpeedupRow(**spreads(row, "wall", "processor")) for row in values["rows"]],
-                    "ratios": [SpeedupRatio(**spreads(r, "wall_by_round", "processor_by_round")) for r in values["ratios"]],
+                    "rows": [row(entry) for entry in values["rows"]],
+                    "skipped": [Skipped(**entry) for entry in values["skipped"]],
+                    "ratios": [ratio(entry) for entry in values["ratios"]],
                     "ceilings": [Ceilings.from_dict(entry) for entry in values["ceilings"]],
                 }
             )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a result of the speed-up benchmark: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is not a result of `textok-fast bench speedup`: {error}") from None
 
-    def row(self, tokens: int, dtype: str, batch: int) -> SpeedupRow:
+    def row(self, system: str, form: str, precision: str, batch: int) -> Row:
         for row in self.rows:
-            if (row.tokens, row.dtype, row.batch) == (tokens, dtype, batch):
+            if (*row.key, row.precision, row.batch) == (system, form, precision, batch):
                 return row
-        raise InputError(f"nothing was measured for {tokens} tokens, {dtype}, batch {batch}")
+        raise InputError(f"nothing was measured for {system}, {form}, {precision}, batch {batch}")
 
 
-def network_config(size: str, tokens: int) -> tuple[str, DiTConfig]:
-    """The network that stands for a number of transformer tokens, with its name.
-
-    32 to 256: TexTok-N tokens of 8 channels. 1,024 and 4,096: the patches of 64 x 64 x 4 latents (512 px) with patch size 2
-    (``DiT-XL/2``) and 1 (``DiT-XL/1``). Any other number: 1-D tokens of 8 channels.
-    """
-    if tokens in (1024, 4096):
-        patch = 2 if tokens == 1024 else 1
-        name = f"DiT-{size}/{patch} at 512 px"
-        return name, DiTConfig.named(size, input_size=64, patch_size=patch, in_channels=4, num_classes=1000)
-    name = f"TexTok-{tokens} + DiT-{size}" if tokens in TEXTOK_TOKENS else f"DiT-{size} over {tokens} 1-D tokens"
-    return name, DiTConfig.named(size, num_tokens=tokens, in_channels=8, num_classes=1000)
-
-
-@functools.cache
-def step_flops(size: str, tokens: int, batch: int = 1) -> int:
-    """FLOPs of one forward, counted on the meta device: no memory, no time."""
-    _, config = network_config(size, tokens)
-    model = _meta_model(config)
-    inputs = step_inputs(config, batch, torch.device("meta"), torch.float32)
-    return count_flops(lambda: model(*inputs))
+def load(path: str | Path) -> SpeedupResult:
+    """A result that :func:`textok_fast.evaluation.speedup_report.save` wrote; InputError when the file holds something else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the benchmark result {path}: {error}") from None
+    if not isinstance(values, dict) or values.get("benchmark") != "speedup":
+        raise InputError(f"{path} is not a result of `textok-fast bench speedup`")
+    return SpeedupResult.from_dict(values)
 
 
 def run_speedup(
@@ -232,400 +284,468 @@ def run_speedup(
     progress: bool = True,
     on_result: Callable[[SpeedupResult], None] | None = None,
 ) -> SpeedupResult:
-    """Measures every token count of ``config`` in turn and returns times, rates, and ratios to the smallest count.
+    """Measures what ``config`` names.
 
-    ``command`` is recorded as how to repeat the run; the process's own command line by default. ``progress``: lines on stderr.
-    ``on_result`` gets what is measured so far after each dtype and batch, and on Ctrl-C with the rounds that all networks have
-    finished; then the interrupt passes on. Networks of one dtype share their block weights, so memory is one network's and the
-    activations of the largest count.
+    ``command`` is recorded as how to repeat the run. ``progress``: lines on stderr. ``on_result`` gets what is measured so far
+    after every round, and so loses nothing to Ctrl-C.
     """
     started, device = time.perf_counter(), resolve_device(config.device)
+    config = config.resolved(device)
     say = _say if progress else _silent
+    groups = [(precision, batch) for precision in config.precisions for batch in config.batch]
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
     ceilings: dict[str, Ceilings] = {}
-    groups = [(dtype, batch) for dtype in config.dtypes for batch in config.batch]
-    deadline = None if config.time_budget_s is None else started + config.time_budget_s
-
-    def result(rows: list[SpeedupRow]) -> SpeedupResult:
-        found = SpeedupResult(
-            config=config,
-            rows=rows,
-            ratios=_ratios(rows),
-            ceilings=list(ceilings.values()),
-            machine=machine,
-            device=str(device),
-            threads=threads,
-            command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            duration_s=time.perf_counter() - started,
-        )
-        if rows and on_result is not None:
-            on_result(found)
-        return found
-
-    rows: list[SpeedupRow] = []
-    # The networks in their PyTorch form, on both sides; what our operations add is for benchmarks/test_dit_step.py to say.
-    with use_threads(config.threads) as threads, torch.inference_mode(), use_backend("reference"):
+    deadline = started + config.time_budget_s
+    with use_threads(config.threads) as threads, torch.no_grad():
         machine = machine_info()
-        for dtype in config.dtypes:
-            say(f"{dtype}: measuring the ceilings of {device}, {threads} thread(s)")
-            ceilings[dtype] = measure_ceilings(device, dtype)
-            say(f"{dtype}: building DiT-{config.size} over {', '.join(map(str, config.tokens))} tokens")
-            networks = build_networks(config, device, torch_dtype(dtype))
-            measured: list[_Samples] = []
-            try:
-                for batch in config.batch:
-                    share = len(groups) - groups.index((dtype, batch))
-                    budget = None if deadline is None else (deadline - time.perf_counter()) / share
-                    _measure_group(config, networks, dtype, batch, device, budget, say, measured)
-                    result(rows + _rows(measured, networks, ceilings[dtype]))
-            except KeyboardInterrupt:
-                result(rows + _rows(measured, networks, ceilings[dtype]))
-                raise
+
+        def result(found: list[Row], complete: bool = False) -> SpeedupResult:
+            made = SpeedupResult(
+                config=config,
+                rows=found,
+                skipped=list(skipped),
+                ratios=ratios_of(found),
+                ceilings=list(ceilings.values()),
+                machine=machine,
+                device=str(device),
+                threads=threads,
+                command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                duration_s=time.perf_counter() - started,
+                complete=complete,
+            )
+            if on_result is not None:
+                on_result(made)
+            return made
+
+        for precision in config.precisions:
+            say(f"{precision}: measuring the ceilings of {device}, {threads} thread(s)")
+            ceilings[precision] = measure_ceilings(device, precision)
+            bench = Bench(device, precision, config.sampler, config.steps, config.scale, config.text_encoder, config.seed)
+            finished: list[_Group] = []
+            for batch in config.batch:
+                left = len(groups) - groups.index((precision, batch))
+                budget = (deadline - time.perf_counter()) / left
+                group = _Group(config, bench, batch, ceilings[precision], budget, say, skipped)
+                finished.append(group)
+                group.build()
+                for _ in group.rounds():
+                    result(rows + [row for each in finished for row in each.rows()])
+                group.release()
             # again, and the better of the two: a neighbour's load at one moment must not lower the ceiling
-            ceilings[dtype] = ceilings[dtype].better(measure_ceilings(device, dtype))
-            rows += _rows(measured, networks, ceilings[dtype])
-            del networks
-        return result(rows)
+            ceilings[precision] = ceilings[precision].better(measure_ceilings(device, precision))
+            for group in finished:
+                group.ceiling = ceilings[precision]
+            rows += [row for group in finished for row in group.rows()]
+            del bench
+            gc.collect()
+        return result(rows, complete=True)
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network ready to be timed, by the name it is reported under."""
+# -- one precision and batch -------------------------------------------------------------------------------------------------
 
-    name: str
-    config: DiTConfig
-    model: nn.Module
+Samples = list[list[tuple[float, float]]]  # (wall, processor) seconds, round by round
 
 
 @dataclass
-class _Samples:
-    """Times of one network at one dtype and batch: (wall, processor) seconds, round by round."""
+class _Part:
+    """A call that is timed in turn; of systems that share it (the SD-VAE) it is one part."""
 
-    tokens: int
-    dtype: str
-    batch: int
-    model_batch: int
-    flops: int
-    rounds: list[list[tuple[float, float]]] = field(default_factory=list)
+    call: Callable[[], object]
+    typical: float
+    samples: Samples = field(default_factory=list)
 
 
-def _meta_model(config: DiTConfig) -> nn.Module:
-    from textok_fast.modeling import DiT
+@dataclass
+class _Entry:
+    """A system in a form, ready to be timed."""
 
-    with torch.device("meta"):
-        return DiT(config).eval()
+    system: System
+    form: str
+    loop: Loop
+    parts: dict[str, _Part]
+    cost: StepCost
+    typical: float  # seconds a step
+    setup_s: float
+    memory_bytes: int | None
+    how: str
+    decoder_precision: str
+    samples: Samples = field(default_factory=list)  # of steps
+    joules_per_image: float | None = None
+    full: Samples = field(default_factory=list)
 
+    @property
+    def whole(self) -> bool:
+        return self.typical * self.loop.total <= WHOLE_SECONDS
 
-def build_networks(config: SpeedupConfig, device: torch.device, dtype: torch.dtype) -> dict[int, Network]:
-    """One network for each of ``config.tokens``; tensors of the same name and shape are one tensor.
-
-    Every value is random: as initialised, the gates of adaLN-Zero are 0, and products with zeros or denormals may be faster
-    or slower than real ones.
-    """
-    generator = torch.Generator(device=device).manual_seed(config.seed)
-    shared: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-    networks = {}
-    for tokens in config.tokens:
-        name, network = network_config(config.size, tokens)
-        model = _meta_model(network)
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            place = (key, tuple(tensor.shape))
-            if place not in shared:
-                shared[place] = _random_like(tensor, device, dtype, generator)
-            _replace(model, key, shared[place])
-        networks[tokens] = Network(name, network, model.requires_grad_(False))
-    return networks
-
-
-def _random_like(tensor: Tensor, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    values = torch.empty(tensor.shape, device=device).normal_(0, 0.02, generator=generator)
-    return values.to(dtype)
+    @property
+    def timed(self) -> int:
+        return self.loop.total if self.whole else max(1, min(self.loop.total, int(ROUND_SECONDS / self.typical)))
 
 
-def _replace(model: nn.Module, key: str, value: Tensor) -> None:
-    owner, _, name = key.rpartition(".")
-    module = model.get_submodule(owner)
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[name] = value
+class _Group:
+    """All systems and forms of one precision and batch."""
 
+    def __init__(
+        self,
+        config: SpeedupConfig,
+        bench: Bench,
+        batch: int,
+        ceiling: Ceilings,
+        budget: float,
+        say: Callable[[str], None],
+        skipped: list[Skipped],
+    ) -> None:
+        self.config, self.bench, self.batch, self.ceiling, self.skipped = config, bench, batch, ceiling, skipped
+        self.deadline = time.perf_counter() + budget
+        self.title = f"{bench.precision} batch {batch}"
+        self.say = lambda line: say(f"{self.title}: {line}")
+        self.entries: list[_Entry] = []
+        self.shared: dict[tuple[str, str], _Part] = {}
+        self.compile_s = 0.0  # what compiling the last network took
 
-def step_inputs(config: DiTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x (B, N, d) or (B, C, H, W) in ``dtype``, t (B,) float32 and y (B,) int64 for one step."""
-    sample = (
-        (batch, config.num_tokens, config.in_channels)
-        if config.num_tokens
-        else (batch, config.in_channels, config.input_size, config.input_size)
-    )
-    x = torch.randn(sample, device=device).to(dtype)  # (B, N, d) or (B, C, H, W)
-    t = torch.full((batch,), 500.0, device=device)  # (B,)
-    y = torch.arange(batch, device=device) % max(1, config.num_classes)  # (B,)
-    return x, t, y
+    def build(self) -> None:
+        """Builds and warms up whatever fits into memory and time, the forms one after the other, small systems first."""
+        systems = sorted((system_named(name, self.config.size) for name in self.config.systems), key=lambda s: s.tokens)
+        for form in self.config.forms:
+            if form != "engine" and self.bench.precision != self.bench.base_precision:
+                continue  # a precision of the engine only
+            for system in systems:
+                try:
+                    self._require_time(system, form)
+                    self._require_memory(system, form)
+                    self.entries.append(self._entry(system, form))
+                except (InputError, RuntimeError) as error:
+                    if (reason := _refusal(error)) is None:
+                        raise
+                    self.bench.forget(form, system)
+                    self._skip(system, form, reason)
+                gc.collect()
 
+    def _skip(self, system: System, form: str, reason: str) -> None:
+        self.skipped.append(Skipped(system.name, form, self.bench.precision, self.batch, reason))
+        self.say(f"{system.name}, {form}: left out: {reason}")
 
-def _measure_group(
-    config: SpeedupConfig,
-    networks: dict[int, Network],
-    dtype: str,
-    batch: int,
-    device: torch.device,
-    budget: float | None,
-    say: Callable[[str], None],
-    measured: list[_Samples],
-) -> None:
-    """Round-robin over the token counts of one dtype and batch, after a warm-up of each; whole rounds go to ``measured``."""
-    model_batch = 2 * batch if config.guidance else batch
-    started, steps, samples, typical = time.perf_counter(), {}, {}, {}
-    for tokens, network in networks.items():
-        inputs = step_inputs(network.config, model_batch, device, torch_dtype(dtype))
-        steps[tokens] = _step(network.model, inputs)
-        samples[tokens] = _Samples(tokens, dtype, batch, model_batch, step_flops(config.size, tokens, model_batch))
-        spent, taken = 0.0, []
-        for _ in range(max(1, config.warmup)):  # one at least: it also tells how long a step takes
-            taken.append(time_call(steps[tokens], device)[0])
-            spent += taken[-1]
-            if spent > WARMUP_SECONDS:
-                break
-        typical[tokens] = min(taken)
-        say(f"{dtype} batch {batch}: {network.name}, {tokens} tokens, about {typical[tokens]:.4g} s a step")
-    # A fast network takes several steps a round, so that its share of the noise is not the larger one.
-    slowest = max(typical.values())
-    repeats = {tokens: min(REPEATS, max(1, round(0.05 * slowest / typical[tokens]))) for tokens in networks}
-    rounds = config.rounds
-    if budget is not None:
-        one_round = sum(typical[tokens] * repeats[tokens] for tokens in networks)
-        left = budget - (time.perf_counter() - started)
-        rounds = max(config.min_rounds, min(config.rounds, int(left / one_round)))
-    measured += samples.values()
-    for index in range(rounds):
-        times = {tokens: [time_call(steps[tokens], device) for _ in range(repeats[tokens])] for tokens in networks}
-        for tokens, taken_now in times.items():
-            samples[tokens].rounds.append(taken_now)
-        seconds = ", ".join(f"{tokens}: {statistics.median(w for w, _ in s.rounds[-1]):.4g} s" for tokens, s in samples.items())
-        say(f"{dtype} batch {batch}: round {index + 1} of {rounds}; {seconds}")
-
-
-def _step(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
-    return lambda: model(*inputs)
-
-
-def _rows(measured: list[_Samples], networks: dict[int, Network], ceiling: Ceilings) -> list[SpeedupRow]:
-    rows = []
-    for samples in measured:
-        if not samples.rounds:
-            continue
-        network = networks[samples.tokens]
-        times = [time for one_round in samples.rounds for time in one_round]
-        wall, processor = Spread.of([wall for wall, _ in times]), Spread.of([cpu for _, cpu in times])
-        weight_bytes = _weight_bytes(network.model)
-        rows.append(
-            SpeedupRow(
-                tokens=samples.tokens,
-                network=network.name,
-                dtype=samples.dtype,
-                batch=samples.batch,
-                model_batch=samples.model_batch,
-                parameters=sum(parameter.numel() for parameter in network.model.parameters()),
-                rounds=len(samples.rounds),
-                steps=len(times),
-                wall=wall,
-                processor=processor,
-                round_wall=[statistics.median(wall for wall, _ in one_round) for one_round in samples.rounds],
-                round_processor=[statistics.median(cpu for _, cpu in one_round) for one_round in samples.rounds],
-                flops=samples.flops,
-                flops_per_s=samples.flops / wall.median,
-                peak_share=samples.flops / wall.median / ceiling.matmul_flops,
-                weight_bytes=weight_bytes,
-                weight_bytes_per_s=weight_bytes / wall.median,
-                read_share=weight_bytes / wall.median / ceiling.read_bytes,
+    def _require_time(self, system: System, form: str) -> None:
+        """InputError when even at the machine's ceiling this entry would not come to its rounds."""
+        cost = step_cost(system, self.bench.precision, self.batch)
+        known = [entry.typical for entry in self.entries if entry.system.name == system.name]
+        step = max(known) if known else cost.flops / self.ceiling.matmul_flops
+        compiling = self.compile_s if form == "compile" else 0.0
+        promised = sum(self._round_seconds(entry) for entry in self.entries) * self.config.min_rounds
+        needed = compiling + step * (2 + self.config.min_rounds)
+        left = self.deadline - time.perf_counter() - promised
+        if needed > left:
+            raise InputError(
+                f"it needs about {needed:.0f} s more, and of its share of the time budget ({self.config.time_budget_s:.0f} s "
+                f"in all) {max(left, 0):.0f} s are left: a longer budget, fewer systems, forms or precisions"
             )
-        )
-    return rows
 
-
-def _weight_bytes(model: nn.Module) -> int:
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
-
-
-def _ratios(rows: list[SpeedupRow]) -> list[SpeedupRatio]:
-    ratios = []
-    for row in rows:
-        base = min((r for r in rows if (r.dtype, r.batch) == (row.dtype, row.batch)), key=lambda r: r.tokens)
-        if base is row:
-            continue
-        ratios.append(
-            SpeedupRatio(
-                dtype=row.dtype,
-                batch=row.batch,
-                tokens=row.tokens,
-                base_tokens=base.tokens,
-                network=row.network,
-                base_network=base.network,
-                wall=row.wall.median / base.wall.median,
-                wall_by_round=Spread.of([_divide(a, b) for a, b in zip(row.round_wall, base.round_wall, strict=True)]),
-                processor=_divide(row.processor.median, base.processor.median),
-                processor_by_round=Spread.of(
-                    [_divide(a, b) for a, b in zip(row.round_processor, base.round_processor, strict=True)]
-                ),
-                flops=row.flops / base.flops,
+    def _require_memory(self, system: System, form: str) -> None:
+        """InputError before a CPU's memory is gone, when nobody could be told: engines and compiled networks pack copies."""
+        if self.bench.device.type != "cpu":
+            return  # there it is an error that can be caught
+        config, element = system.generator, self.bench.dtype.itemsize
+        weights = self.bench.weight_bytes(system)
+        copies = {"reference": 0 if self.entries else 1, "engine": 1, "compile": 2}[form]
+        needed = copies * weights + 20 * 2 * self.batch * system.tokens * config.width * element
+        if needed > (free := available_memory(self.bench.device)):
+            raise InputError(
+                f"it does not fit into memory: it takes about {format_bytes(needed)}, {format_bytes(free)} are free; fewer "
+                "systems or forms in one run, or a smaller batch"
             )
+
+    def _round_seconds(self, entry: _Entry) -> float:
+        return entry.typical * entry.timed + sum(part.typical for part in entry.parts.values())
+
+    def _entry(self, system: System, form: str) -> _Entry:
+        bench, device, batch = self.bench, self.bench.device, self.batch
+        began = time.perf_counter()
+        loop = bench.loop(system, form, batch)
+        with _PeakMemory(device) as peak:
+            loop.begin()
+            loop.advance()
+            _wait(device)
+        setup = time.perf_counter() - began
+        for _ in range(2 if form == "compile" and device.type == "cuda" else 1):  # it captures its graph in the second call
+            if loop.done == loop.total:
+                loop.begin()
+            typical = time_call(loop.advance, device)[0]
+        if typical * loop.total <= WHOLE_SECONDS:  # as it is going to be timed
+            _whole_run(loop)
+            typical = time_call(lambda: _whole_run(loop), device)[0] / loop.total
+        parts = {}
+        if system.textok is not None:
+            parts["text"] = self._shared(("text", form), lambda: bench.text(form, batch))
+        if (ahead := loop.ahead) is not None and typical * loop.total > WHOLE_SECONDS:
+            parts["modulation"] = self._shared(("modulation", system.name), lambda: ahead)
+        parts["decoder"] = self._shared((system.decoder, form), lambda: bench.decoder(system, form, batch))
+        if form == "compile":
+            self.compile_s = time.perf_counter() - began
+        decoder_precision = bench.precision if system.textok is not None else bench.base_precision
+        taken = {name: round(part.typical, 4) for name, part in parts.items()}
+        ready = time.perf_counter() - began
+        self.say(f"{system.name}, {form}: about {typical:.4g} s a step, {taken}; ready after {ready:.0f} s")
+        cost = step_cost(system, bench.precision, batch)
+        memory = None if peak.bytes is None else loop.weight_bytes + peak.bytes
+        return _Entry(system, form, loop, parts, cost, typical, setup, memory, bench.how(form, batch), decoder_precision)
+
+    def _shared(self, key: tuple[str, str], make: Callable[[], Callable[[], object]]) -> _Part:
+        if key not in self.shared:
+            call, device = make(), self.bench.device
+            first = time_call(call, device)[0]
+            self.shared[key] = _Part(call, time_call(call, device)[0] if first < 60 or key[1] == "compile" else first)
+        return self.shared[key]
+
+    def rounds(self) -> Iterator[int]:
+        """Whole rounds, as many as there are or as the budget allows; what a broken round has measured is not kept."""
+        if not self.entries:
+            yield 0
+            return
+        each = sum(self._round_seconds(entry) for entry in self.entries)
+        left = self.deadline - time.perf_counter()
+        count = max(self.config.min_rounds, min(self.config.rounds, int(left / each)))
+        for index in range(count):
+            steps = [self._time_steps(entry) for entry in self.entries]
+            parts = {key: self._time_part(part) for key, part in self.shared.items()}
+            for entry, samples in zip(self.entries, steps, strict=True):
+                entry.samples.append(samples)
+            for key, samples in parts.items():
+                self.shared[key].samples.append(samples)
+            self.say(f"round {index + 1} of {count}, about {each:.0f} s each")
+            yield index
+        for entry in self.entries:
+            entry.joules_per_image = self._joules(entry)
+        if self.config.full:
+            for entry in self.entries:
+                entry.full.append([time_call(lambda entry=entry: self._picture(entry), self.bench.device)])  # type: ignore[misc]
+                self.say(f"{entry.system.name}, {entry.form}: a whole picture took {entry.full[0][0][0]:.4g} s")
+        yield count
+
+    def _time_steps(self, entry: _Entry) -> list[tuple[float, float]]:
+        loop, device = entry.loop, self.bench.device
+        if entry.whole:
+            repeats = max(1, min(REPEATS, int(ROUND_SECONDS / (entry.typical * loop.total))))
+            runs = [time_call(lambda: _whole_run(loop), device) for _ in range(repeats)]
+            return [(wall / loop.total, used / loop.total) for wall, used in runs]
+        samples: list[tuple[float, float]] = []
+        while len(samples) < entry.timed:
+            if loop.done == loop.total:
+                loop.begin()
+            if loop.until_ahead == 0:  # its work for other steps is timed as a part of its own
+                loop.advance()
+                continue
+            here = min(entry.timed - len(samples), loop.total - loop.done, loop.until_ahead)
+            samples += _time_advances(loop, here, device)
+        return samples
+
+    def _time_part(self, part: _Part) -> list[tuple[float, float]]:
+        repeats = REPEATS if part.typical < SHORT_PART_SECONDS else 1
+        return [time_call(part.call, self.bench.device) for _ in range(repeats)]
+
+    def _picture(self, entry: _Entry) -> None:
+        """A batch of pictures from their captions to their pixels."""
+        if "text" in entry.parts:
+            entry.parts["text"].call()
+        _whole_run(entry.loop)
+        entry.parts["decoder"].call()
+
+    def _joules(self, entry: _Entry) -> float | None:
+        loop, device = entry.loop, self.bench.device
+        if not Energy(device).source:
+            return None
+        count = max(1, int(ENERGY_SECONDS / entry.typical) + 1)
+        done = 0
+        with Energy(device) as energy:
+            while done < count:
+                if loop.done == loop.total:
+                    loop.begin()
+                loop.advance()
+                done += 1
+            _wait(device)
+        return None if energy.joules is None else energy.joules / done * loop.total / self.batch
+
+    def release(self) -> None:
+        """Frees what belongs to this batch; times stay."""
+        for entry in self.entries:
+            entry.loop = _Done(entry.loop.total)
+            entry.parts = {name: dataclasses.replace(part, call=_nothing) for name, part in entry.parts.items()}
+        self.shared = {}
+        self.bench.forget_compiled()
+        gc.collect()
+
+    def rows(self) -> list[Row]:
+        return [self._row(entry) for entry in self.entries if entry.samples]
+
+    def _row(self, entry: _Entry) -> Row:
+        parts = {name: Timing.of(part.samples) for name, part in entry.parts.items()}
+        parts["step"] = Timing.of(entry.samples)
+        total = entry.loop.total
+        seconds = sum(timing.p50 * (total if name == "step" else 1) for name, timing in parts.items())
+        rounds = [
+            sum(timing.rounds[index] * (total if name == "step" else 1) for name, timing in parts.items())
+            for index in range(len(entry.samples))
+        ]
+        reading, computing = entry.cost.bytes / self.ceiling.read_bytes, entry.cost.flops / self.ceiling.matmul_flops
+        floor = max(reading, computing)
+        return Row(
+            system=entry.system.name,
+            tokens=entry.system.tokens,
+            form=entry.form,
+            precision=self.bench.precision,
+            batch=self.batch,
+            how=entry.how,
+            decoder=entry.system.decoder,
+            decoder_precision=entry.decoder_precision,
+            sampler=self.config.sampler,
+            steps=total,
+            steps_timed=entry.timed,
+            parts={name: parts[name] for name in PARTS if name in parts},
+            batch_s=seconds,
+            batch_rounds=rounds,
+            images_per_s=self.batch / seconds,
+            setup_s=entry.setup_s,
+            flops=entry.cost.flops,
+            bytes=entry.cost.bytes,
+            floor_s=floor,
+            floor_by="reading weights" if reading > computing else "arithmetic",
+            floor_share=floor / parts["step"].p50,
+            memory_bytes=entry.memory_bytes,
+            joules_per_image=entry.joules_per_image,
+            full=Timing.of(entry.full) if entry.full else None,
         )
-    return ratios
 
 
-def _divide(a: float, b: float) -> float:
-    # The processor clock of some systems ticks in milliseconds: a tiny network's step may read 0.
-    return a / max(b, 1e-6)
+@dataclass
+class _Done:
+    """What stays of a loop when its group is through."""
+
+    total: int
+    weight_bytes: int = 0
+    done: int = 0
+    until_ahead: int = 0
+    ahead: Callable[[], object] | None = None
+
+    begin = advance = finish = lambda self: None
 
 
-# -- what a reader sees ---------------------------------------------------------------------------------------------------
-
-HEADINGS = (
-    "network",
-    "tokens",
-    "dtype",
-    "batch",
-    "ms/step",
-    "p25 .. p75",
-    "CPU ms",
-    "rounds",
-    "GFLOP",
-    "GFLOP/s",
-    "of peak",
-    "weights GB/s",
-    "x slower (by round)",
-    "CPU x",
-)
+def _nothing() -> None:
+    pass
 
 
-def table_cells(result: SpeedupResult) -> list[list[str]]:
-    """The result as rows of text under :data:`HEADINGS`; the last two compare with the smallest token count."""
-    ratios = {(ratio.dtype, ratio.batch, ratio.tokens): ratio for ratio in result.ratios}
-    cells = []
-    for row in result.rows:
-        ratio = ratios.get((row.dtype, row.batch, row.tokens))
-        spread = ratio.wall_by_round if ratio else None
-        cells.append(
-            [
-                row.network,
-                f"{row.tokens:,}",
-                row.dtype,
-                str(row.batch) if row.batch == row.model_batch else f"{row.batch} (guided)",
-                _figures(1000 * row.wall.median),
-                f"{_figures(1000 * row.wall.p25)} .. {_figures(1000 * row.wall.p75)}",
-                _figures(1000 * row.processor.median),
-                str(row.rounds),
-                _figures(row.flops / 1e9),
-                _figures(row.flops_per_s / 1e9),
-                f"{100 * row.peak_share:.0f} %",
-                _figures(row.weight_bytes_per_s / 1e9),
-                f"{_figures(ratio.wall)} ({_figures(spread.min)} .. {_figures(spread.max)})" if ratio and spread else "1",
-                _figures(ratio.processor) if ratio else "1",
-            ]
-        )
-    return cells
+def _whole_run(loop: Loop) -> None:
+    loop.begin()
+    loop.finish()
 
 
-def console_table(result: SpeedupResult) -> str:
-    """An aligned table in plain text, with the ceilings and the machine below it."""
-    cells = [list(HEADINGS), *table_cells(result)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
-        for name, *rest in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *_footnotes(result)])
+def _time_advances(loop: Loop, count: int, device: torch.device) -> list[tuple[float, float]]:
+    """(wall, processor) seconds of each of ``count`` evaluations. On CUDA between events in the stream: nothing waits for a
+    step to end before the next one is issued, as in a real run."""
+    if device.type != "cuda":
+        return [time_call(loop.advance, device) for _ in range(count)]
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        torch.cuda.synchronize()
+        processor = time.process_time()
+        events[0].record()
+        for event in events[1:]:
+            loop.advance()
+            event.record()
+        torch.cuda.synchronize()
+        used = (time.process_time() - processor) / count
+    return [(before.elapsed_time(after) / 1000, used) for before, after in itertools.pairwise(events)]
 
 
-def markdown_table(result: SpeedupResult) -> str:
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    lines += ["| " + " | ".join(line) + " |" for line in table_cells(result)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in _footnotes(result)), ""])
+def ratios_of(rows: Sequence[Row]) -> list[Ratio]:
+    """Per precision and batch: each system against the one of fewest tokens, in each form; each form against the engine, for
+    each system; and the reference form of each system against the engine's of the fewest tokens."""
+    found = []
+    for precision, batch in dict.fromkeys((row.precision, row.batch) for row in rows):
+        here = {row.key: row for row in rows if (row.precision, row.batch) == (precision, batch)}
+        fewest = min(here.values(), key=lambda row: row.tokens).system
+        for (system, form), row in here.items():
+            pairs = [("method", (fewest, form))] if system != fewest else []
+            pairs += [("engine", (system, "engine"))] if form != "engine" else []
+            pairs += [("both", (fewest, "engine"))] if form == "reference" and system != fewest else []
+            found += [_ratio(kind, row, here[fast]) for kind, fast in pairs if fast in here]
+    return found
 
 
-def _footnotes(result: SpeedupResult) -> list[str]:
-    machine = result.machine
-    notes = [
-        f"Ceiling {c.dtype}: {_figures(c.matmul_flops / 1e9)} GFLOP/s (torch matmul {' x '.join(map(str, c.matmul_shape))}), "
-        f"{_figures(c.read_bytes / 1e9)} GB/s read, {_figures(c.copy_bytes / 1e9)} GB/s copy."
-        for c in result.ceilings
-    ]
-    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"])
-    return [
-        *notes,
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {result.threads} thread(s){', ' + gpus if gpus else ''}; run on "
-        f"{result.device}; torch {machine['torch']}, Python {machine['python']}, commit {machine['git_commit'] or 'unknown'}.",
-        "One step = one forward of the reference PyTorch network, random weights. Published for comparison: "
-        f"{result.published['speedup']}x, {result.published['claim']}.",
-        f"{result.date}, {result.duration_s:.0f} s: {result.command}",
-    ]
+def _ratio(kind: str, slow: Row, fast: Row) -> Ratio:
+    def by_round(a: Sequence[float], b: Sequence[float]) -> list[float]:
+        return [x / y for x, y in zip(a, b, strict=True)]
 
-
-def speedup_svg(result: SpeedupResult, standalone: bool = False) -> str:
-    """How many times longer a step takes than at the smallest token count, over the token count, both logarithmic, with the
-    published 93.5x as a dashed line. One line a dtype (and batch)."""
-    series = []
-    many = len({row.batch for row in result.rows}) > 1
-    base = min((row.tokens for row in result.rows), default=0)
-    for dtype, batch in dict.fromkeys((row.dtype, row.batch) for row in result.rows):
-        ratios = [r for r in result.ratios if (r.dtype, r.batch) == (dtype, batch)]
-        points = [(float(base), 1.0), *((float(r.tokens), r.wall) for r in ratios)]
-        labels = ["", *(f"{_figures(r.wall)}x" for r in ratios)]
-        series.append(Series(f"{dtype}, batch {batch}" if many else dtype, points, labels, markers=True))
-    where = "CPU" if result.device == "cpu" else "GPU"
-    if len(series) == 1:
-        where += f", {series[0].name}"
-    return line_plot(
-        f"DiT-{result.config.size}: a step at N / {base} tokens ({where})",
-        "transformer tokens N",
-        f"times the step at {base} tokens",
-        series,
-        [Level(float(result.published["speedup"]), f"published {result.published['speedup']}x (32 tokens against DiT-XL/2)")],
-        log=True,
-        x_ticks=[float(row.tokens) for row in result.rows],
-        standalone=standalone,
+    steps = by_round(slow.parts["step"].rounds, fast.parts["step"].rounds)
+    images = by_round(slow.batch_rounds, fast.batch_rounds)
+    return Ratio(
+        kind=kind,
+        precision=slow.precision,
+        batch=slow.batch,
+        slow=slow.key,
+        fast=fast.key,
+        tokens=slow.tokens,
+        step=statistics.median(steps),
+        step_range=(min(steps), max(steps)),
+        image=statistics.median(images),
+        image_range=(min(images), max(images)),
     )
 
 
-def _figures(value: float) -> str:
-    """Three significant figures, never in exponent form above 1e-4."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+# -- memory and refusals ----------------------------------------------------------------------------------------------------
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------
+class _PeakMemory:
+    """``bytes`` allocated inside the block at its worst moment, beyond what was allocated before; None where unknown.
 
-
-def save(result: SpeedupResult, path: str | Path) -> list[Path]:
-    """Writes ``path`` (JSON), and beside it under the same name the table (``.md``) and the plot (``.svg``). Returns the paths.
-
-    A killed run leaves the former files whole. Raises OSError for a place that cannot be written.
+    On CUDA torch's own count, on Linux the process's resident memory, whose high-water mark the kernel lets it reset.
     """
-    path = Path(path).with_suffix(".json")
-    texts = {
-        path: json.dumps(result.to_dict(), indent=2) + "\n",
-        path.with_suffix(".md"): markdown_table(result),
-        path.with_suffix(".svg"): speedup_svg(result, standalone=True) + "\n",
-    }
-    for target, text in texts.items():
-        write_text(target, text)
-    return list(texts)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> _PeakMemory:
+        self._before = 0
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+                self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before:
+            self.bytes = max(_resident("VmHWM") - self._before, 0)
 
 
-def load(path: str | Path) -> SpeedupResult:
-    """A result from :func:`save`. Raises :class:`InputError` when the file cannot be read or is something else."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the benchmark result {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is not a result of the speed-up benchmark")
-    return SpeedupResult.from_dict(values)
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why something is left out, when that is its own fault and not a bug: refused by a plan, lacking, too large."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return f"it does not fit into memory ({text[:160]})"
+    return None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _say(line: str) -> None:
