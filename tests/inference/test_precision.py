@@ -340,6 +340,8 @@ def test_any_module_has_its_linear_layers_packed() -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8", "fp8"])
 @torch.no_grad()
 def test_prepared_models_compile_into_one_graph(name: Any) -> None:
+    if name == "fp8" and torch.__version__ < "2.12":
+        pytest.skip("the references, which emulate FP8 here, ask for autocast, which torch 2.11 does not trace")
     torch._dynamo.reset()
     prepared = prepare(make_dit(depth=2), name)
     dtype = precision.DTYPES[name]

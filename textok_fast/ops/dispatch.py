@@ -198,10 +198,5 @@ def one_device(*tensors: Tensor | None) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """For references, which compute in the dtype that they name. Nothing where autocast is off: exported graphs stay plain."""
     device = x.device.type
-    on = _has_autocast(device) and torch.is_autocast_enabled(device)
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
-
-
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
