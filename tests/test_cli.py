@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,9 +18,14 @@ import torch
 import yaml
 from PIL import Image
 
-from textok_fast import DiT, DiTConfig, InputError, TexTok, __version__
-from textok_fast.cli import _parse, _trained, build_parser, main
+from textok_fast import DiT, DiTConfig, InputError, TexTok, __version__, info
+from textok_fast._native import NativeStatus
+from textok_fast.cli import COMPILE_MODES, PRECISIONS, _parse, _plan, _trained, build_parser, main
 from textok_fast.config import TokenizerTrainConfig, to_dict
+from textok_fast.diffusion import SAMPLERS
+from textok_fast.inference import Plan, StepCache
+from textok_fast.inference import plan as plans
+from textok_fast.inference.execution import why_not_compiled
 from textok_fast.training.loop import TrainResult
 
 Make = Callable[..., TexTok]
@@ -128,6 +133,34 @@ def test_of_several_processes_one_tells_the_result(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(accelerate, "PartialState", lambda is_main=is_main: types.SimpleNamespace(is_main_process=is_main))
         told[is_main] = (_trained(TrainResult(Path("run"), Path("run/final"), []), "wrote run/final"), capsys.readouterr().out)
     assert told == {True: ({"run": "run", "final": "run/final", "last": None}, "wrote run/final\n"), False: (None, "")}
+
+
+def test_choices_are_those_of_the_library(run: Callable[..., Result]) -> None:
+    """The parser knows them without importing torch."""
+    assert set(PRECISIONS) == {*get_args(plans.Precision), "auto"}
+    assert get_args(plans.Compile) == COMPILE_MODES
+    text = run("sample", "--help").out
+    assert all(name in text for name in SAMPLERS)
+
+
+def test_options_override_a_plans_file(tmp_path: Path) -> None:
+    def plan(*options: object, command: str = "sample") -> Plan:
+        given = {"sample": [], "decode": ["--tokens", "t"]}[command]
+        return _plan(_parse([command, "--model", "m", "--out", "o", *given, *map(str, options)]), 1)
+
+    fp32 = Plan.automatic(precision="fp32", batch=1)
+    assert plan() == plan(command="decode") == fp32
+    assert plan("--device", "cpu", "--precision", "auto") == Plan.automatic("cpu")
+    assert plan("--split", "--compile") == dataclasses.replace(fp32, split=True, compile="default")
+    saved = Plan("bf16", compile="max-autotune", modulation="inside", step_cache=StepCache(3), split=True)
+    file = saved.save(tmp_path / "plan.json")
+    assert plan("--plan", file) == plan("--plan", file, command="decode") == saved
+    assert plan("--plan", file, "--compile", "none") == dataclasses.replace(saved, compile="none")
+    assert plan("--plan", file, "--precision", "int8", "--device", "cpu") == dataclasses.replace(saved, precision="int8")
+    assert plan("--plan", file, "--precision", "auto").precision == Plan.automatic("cpu").precision
+    for options, message in ((("--plan", tmp_path / "none"), "no plan at"), (("--device", "tpu"), "tpu")):
+        with pytest.raises(InputError, match=message):
+            plan(*options)
 
 
 def test_version(run: Callable[..., Result]) -> None:
@@ -309,7 +342,9 @@ def test_files_that_cannot_be_written_to_their_end(
     assert [line for line in done.stderr.splitlines() if line in ("0", "2")] == ["2", "2", "2"]
     for error, name in zip(errors, ("tokens-00001.safetensors", "model.safetensors", "optimizer.pt"), strict=True):
         assert error.endswith(f"{name}: {os.strerror(errno.EFBIG)}")
-    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["index.json", "tokens-00000.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == [
+        "index.json", "plan.json", "tokens-00000.safetensors",
+    ]  # fmt: skip
     assert not list(directory.glob("*checkpoint*"))
     assert json.loads(run(*encode).out)["shards_reused"] == 1
 
@@ -380,6 +415,43 @@ def test_info(run: Callable[..., Result]) -> None:
     assert f"textok-fast {__version__}" in run("info").out
 
 
+def test_info_tells_what_the_engine_would_do(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    found = json.loads(run("info", "--json").out)["engine"]
+    plan = Plan.automatic()
+    assert Plan.from_dict(found["plan"]) == plan
+    assert {"fp32", "bf16", "fp8"} <= set(found["products"])
+    assert found["compile"] == why_not_compiled(plan.device)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    text = run("info").out
+    assert plan.describe().splitlines()[0] in text
+    for line in (f"products in bf16: {found['products']['bf16']}", "torch.compile: no: torch.compile needs a compiler"):
+        assert line in text
+    if not torch.cuda.is_available():
+        assert "CUDA graphs: no: a CUDA graph runs on a CUDA device" in text
+        assert "ahead-of-time packages: no: " in text
+
+
+def test_info_names_the_instructions_of_native_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose: Callable[..., str] = lambda name, weight, kind, rows: "onednn" if rows > 128 and kind < 2 else "native"  # noqa: E731
+    monkeypatch.setattr("textok_fast.ops.dispatch.choose", choose)
+    native = NativeStatus(True, "", {"kernels": "avx512", "products": "vnni"})
+    assert info._cpu_products(native) == {
+        "fp32": "native (avx512) for 64 rows, oneDNN for 1,056",
+        "bf16": "native (avx512) for 64 rows, oneDNN for 1,056",
+        "int8": "native (avx512 with vnni)",
+        "fp8": "PyTorch, emulated and slow",
+    }
+    assert info._cpu_products(NativeStatus(True, "", {"kernels": "avx2", "products": "none"}))["int8"] == "native (avx2)"
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((9, 0), "scaled_mm"), ((8, 0), "none, it needs compute capability 8.9")])
+def test_info_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fp8: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("textok_fast.ops.choices.choices", lambda device: {"fp8_linear": {"bfloat16": "scaled_mm"}})
+    assert info._gpu_products(torch.device("cuda"))["fp8"] == fp8
+
+
 def test_data(run: Callable[..., Result], tmp_path: Path) -> None:
     shapes = ("source=shapes", "objects=8", "held_out_objects=4", "image_size=16")
     sheet = run("data", "preview", "--out", tmp_path / "new" / "sheet.png", "--count", 4, "--json", *shapes)
@@ -389,6 +461,47 @@ def test_data(run: Callable[..., Result], tmp_path: Path) -> None:
     assert json.loads(made.out)["new"] == 3
     assert len(list((tmp_path / "made").glob("*.png"))) == len(list((tmp_path / "made").glob("*.txt"))) == 3
     assert json.loads(run("data", "make", "--out", tmp_path / "made", "--count", 3, "--json", *shapes).out)["new"] == 0
+
+
+def test_results_and_the_plan_that_made_them(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+    tokens, back, samples = (tmp_path / name for name in ("tokens", "back", "samples"))
+    encode = ("encode", "--model", model, "--images", pictures, "--out", tokens, "--device", "cpu")
+    done = run(*encode, "--precision", "bf16")
+    assert done.code == 0, done.err
+    bf16 = Plan("bf16", "cpu")
+    assert Plan.load(tokens / "plan.json") == bf16
+    assert all(f"  {line}\n" in done.out for line in bf16.describe().splitlines())
+    assert_one_line(run(*encode), "made otherwise", "precision differ")
+    again = json.loads(run(*encode, "--precision", "bf16", "--json").out)
+    assert (again["shards_reused"], Plan.from_dict(again["plan"])) == (1, bf16)
+
+    decode = ("decode", "--model", model, "--tokens", tokens, "--out", back, "--plan", tokens / "plan.json", "--precision")
+    assert run(*decode, "int8").code == 0
+    assert Plan.load(back / "plan.json") == Plan("int8")
+    (back / "0.png").unlink()
+    assert_one_line(run(*decode, "fp32"), "not decoded from these tokens in this way")
+    assert Plan.load(back / "plan.json") == Plan("int8")
+
+    pipeline = tmp_path / "pipeline"
+    dit = DiTConfig(num_tokens=3, in_channels=4, width=32, depth=3, heads=2, num_classes=2, learn_sigma=False)
+    DiT(dit).save_pretrained(pipeline / "generator")
+    TexTok.from_pretrained(model).save_pretrained(pipeline / "tokenizer")
+    about = {"objective": "gaussian", "prediction": "epsilon", "label_names": ["a", "b"], "captions": {}}
+    (pipeline / "pipeline.json").write_text(json.dumps(about))
+    sample = ("sample", "--model", pipeline, "--label", "a", "--steps", 3, "--sampler", "unipc", "--device", "cpu")
+    cached = Plan("bf16", step_cache=StepCache(2), memory_limit=2**20)
+    given = ("--plan", cached.save(tmp_path / "mine.json"), "--out", samples)
+    assert_one_line(run(*sample, "--out", samples, "--precision", "fp8", "--plan", pictures / "0.txt"), "cannot read the plan")
+    done = run(*sample, *given, "--split", "--count", 2)
+    assert done.code == 0, done.err
+    assert "once in 2 evaluations" in done.out and "is split" in done.out
+    assert Plan.load(samples / "plan.json") == dataclasses.replace(cached, split=True)
+    listed = json.loads((samples / "samples.json").read_text())
+    assert (listed["precision"], listed["step_cache"]["interval"]) == ("bf16", 2)
+    assert_one_line(run(*sample, "--out", samples, "--count", 2), "precision, step_cache differ")
+    small = dataclasses.replace(cached, memory_limit=1).save(tmp_path / "small.json")
+    assert_one_line(run(*sample, "--plan", small, "--out", tmp_path / "x"), "does not fit")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_whole_way(

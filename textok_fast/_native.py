@@ -35,7 +35,8 @@ class NativeStatus:
     """``available``: the operations in ``torch.ops.textok_fast`` can be called. ``reason``: one line, why or why not.
 
     ``info`` is what the library says of itself: "compiler", "torch_target" (the oldest PyTorch it works with), "isa" (vector
-    extensions of this processor), "kernels" (the compiled variant that runs), "cuda" and, with CUDA code, "cuda_ptx".
+    extensions of this processor), "kernels" (the compiled variant that runs), "products" ("vnni", "bf16", both or "none": what
+    packed products use besides), "cuda" and, with CUDA code, "cuda_ptx".
     """
 
     available: bool

@@ -34,7 +34,13 @@ from textok_fast.errors import InputError
 
 if TYPE_CHECKING:
     from textok_fast.data import CaptionedImages
+    from textok_fast.inference.plan import Plan
+    from textok_fast.inference.precision import Precision
     from textok_fast.training.loop import TrainResult
+
+# Of a plan, and what chooses a precision by the machine.
+PRECISIONS = ("fp32", "bf16", "fp8", "int8", "auto")
+COMPILE_MODES = ("none", "default", "max-autotune")
 
 # What a command returns is what --json prints; None where another process of the run prints it.
 Handler = Callable[[argparse.Namespace], dict[str, Any] | None]
@@ -156,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
     encode.add_argument("--batch-size", type=int, default=32)
     encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
-    encode.add_argument("--device", default="auto")
+    _plan_options(encode)
 
     decode = _command(commands, "decode", run_decode, "turn tokens that `encode` wrote back into pictures; resumable",
         "textok-fast decode --model runs/tok/final --tokens tokens --out pictures")  # fmt: skip
@@ -165,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("--out", type=Path, required=True)
     decode.add_argument("--no-captions", action="store_true", help="decode with the null caption instead of the stored ones")
     decode.add_argument("--batch-size", type=int, default=32)
-    decode.add_argument("--device", default="auto")
+    _plan_options(decode)
 
     sample = _command(commands, "sample", run_sample, "generate pictures from captions or classes; resumable",
         'textok-fast sample --model runs/dit/final --prompt "cow top left; red background" --out samples')  # fmt: skip
@@ -177,7 +183,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=1, help="pictures for each prompt or label (default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, default=50)
-    sample.add_argument("--sampler", default="", help="ddpm or ddim; for a flow euler or heun (default: the first)")
+    sample.add_argument("--sampler", default="",
+        help="ddpm, ddim, dpmpp_2m or unipc; for a flow euler, heun or sde (default: the first of them)")  # fmt: skip
     sample.add_argument(
         "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default: %(default)s)"
     )
@@ -185,7 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where LOW <= t <= HIGH"
     )
     sample.add_argument("--out", type=Path, required=True)
-    sample.add_argument("--device", default="auto")
+    _plan_options(sample)
+    sample.add_argument("--split", action="store_true", help="run a batch that does not fit into memory in parts")
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
     speedup = _command(kinds, "speedup", run_bench_speedup,
@@ -279,6 +287,20 @@ def _config_options(parser: argparse.ArgumentParser, cls: type) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: optim.lr=3e-4 model.size=tiny")
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    """How an engine runs the models. What is not given is None, so that a plan's file is overridden by what is."""
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the plan's, or the GPU where there is one)")
+    parser.add_argument("--precision", choices=PRECISIONS,
+        help="auto: bf16 where the processor computes with it, else fp32; int8 on a CPU, fp8 on a GPU from compute capability "
+        "8.9 on (default: the plan's, or fp32)")  # fmt: skip
+    parser.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES,
+        help="run the networks through torch.compile, in this mode (--compile alone: default; without it: the plan's, or none)",
+    )  # fmt: skip
+    parser.add_argument("--plan", type=Path, metavar="FILE",
+        help="JSON of an inference.Plan, such as the plan.json that each run writes into --out; other options override it",
+    )  # fmt: skip
+
+
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="train, composition or object; for files train, validation or all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings: source=emoji objects=128 image_size=64")
@@ -365,26 +387,24 @@ def _trained(result: TrainResult, text: str) -> dict[str, Any] | None:
 def run_encode(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.inference.folders import encode_folder
 
-    with _progress("encode", args.json) as advance:
-        report = encode_folder(
-            args.model, args.images, args.out, args.format, args.batch_size, args.shard_size, _device(args.device), advance
-        )
+    plan = _plan(args, args.batch_size)
+    with _progress("encode", args.json, _announced(plan, args.out)) as advance:
+        report = encode_folder(args.model, args.images, args.out, args.format, args.batch_size, args.shard_size, plan, advance)
     skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
     print(
         f"wrote {report['pictures']} pictures' tokens to {args.out} ({report['shards_reused']} shards were there{skipped})",
     )
-    return report
+    return {**report, "plan": plan.to_dict()}
 
 
 def run_decode(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.inference.folders import decode_folder
 
-    with _progress("decode", args.json) as advance:
-        report = decode_folder(
-            args.model, args.tokens, args.out, args.batch_size, not args.no_captions, _device(args.device), advance
-        )
+    plan = _plan(args, args.batch_size)
+    with _progress("decode", args.json, _announced(plan, args.out)) as advance:
+        report = decode_folder(args.model, args.tokens, args.out, args.batch_size, not args.no_captions, plan, advance)
     print(f"wrote {report['new']} pictures to {args.out} ({report['pictures'] - report['new']} were there)")
-    return report
+    return {**report, "plan": plan.to_dict()}
 
 
 def run_sample(args: argparse.Namespace) -> dict[str, Any]:
@@ -393,7 +413,8 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
     prompts = list(args.prompt)
     if args.prompts is not None:
         prompts += _lines(args.prompts)
-    with _progress("sample", args.json) as advance:
+    plan = _plan(args, max(len(prompts), len(args.label)) * args.count)
+    with _progress("sample", args.json, _announced(plan, args.out)) as advance:
         report = sample_to_folder(
             args.model,
             prompts,
@@ -405,14 +426,14 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
             sampler=args.sampler,
             guidance=args.guidance,
             interval=tuple(args.guidance_interval) if args.guidance_interval else None,
-            device=_device(args.device),
+            plan=plan,
             progress=advance,
         )
     print(
         f"wrote {report['new']} pictures to {args.out} ({len(report['images']) - report['new']} were there) "
         f"and their tokens to {report['tokens']}"
     )
-    return report
+    return {**report, "plan": plan.to_dict()}
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
@@ -543,10 +564,13 @@ def run_info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _progress:
-    """A bar on stderr whose callback takes (done, total); it appears with the first call, so that a mistake is one line."""
+    """A bar on stderr whose callback takes (done, total); it appears with the first call, so that a mistake is one line.
 
-    def __init__(self, title: str, silent: bool) -> None:
-        self.title, self.silent = title, silent
+    ``announcement`` is printed before it.
+    """
+
+    def __init__(self, title: str, silent: bool, announcement: str = "") -> None:
+        self.title, self.silent, self.announcement = title, silent, announcement
         self.bar: Any = None
 
     def __enter__(self) -> Callable[[int, int], None]:
@@ -556,6 +580,8 @@ class _progress:
         if self.bar is None:
             from tqdm import tqdm
 
+            if self.announcement:
+                print(self.announcement, flush=True)
             interval = 0.5 if sys.stderr.isatty() else 20.0
             self.bar = tqdm(desc=self.title, total=total, disable=self.silent, file=sys.stderr, mininterval=interval)
         self.bar.total = total
@@ -568,10 +594,29 @@ class _progress:
             self.bar.close()
 
 
-def _device(name: str) -> str:
+def _plan(args: argparse.Namespace, batch: int) -> Plan:
+    """What --plan says, or float32 on the best device, under what the other options say."""
+    from textok_fast.inference.plan import Plan
     from textok_fast.ops.device import resolve_device
 
-    return str(resolve_device(name))
+    given: dict[str, Any] = {} if args.compile is None else {"compile": args.compile}
+    if getattr(args, "split", False):
+        given["split"] = True
+    if args.plan is None:
+        precision: Precision | None = None if args.precision == "auto" else args.precision or "fp32"
+        return Plan.automatic(args.device or "auto", precision, batch, **given).require_machine()
+    plan = Plan.load(args.plan)
+    if args.device is not None:
+        given["device"] = str(resolve_device(args.device))
+    if args.precision == "auto":
+        given["precision"] = Plan.automatic(given.get("device", plan.device)).precision
+    elif args.precision is not None:
+        given["precision"] = args.precision
+    return dataclasses.replace(plan, **given).require_machine()
+
+
+def _announced(plan: Plan, out: Path) -> str:
+    return "\n  ".join([f"plan (in {out / 'plan.json'}):", *plan.describe().splitlines()])
 
 
 def _lines(file: Path) -> list[str]:

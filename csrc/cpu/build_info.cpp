@@ -2,7 +2,8 @@
 //
 // One "key=value" line each for: compiler, torch_target (the oldest PyTorch whose stable ABI it needs), isa (vector
 // extensions of this processor, asked at run time, because the library may run on another machine than the one that
-// built it), kernels (which of the compiled instruction sets runs, see isa.h), cuda ("no", or the toolkit and the
+// built it), kernels (which of the compiled instruction sets runs, see isa.h), products ("vnni", "bf16", both or "none":
+// which instructions for products of int8 and of bf16 the packed products use), cuda ("no", or the toolkit and the
 // architectures compiled in) and, with CUDA code, cuda_ptx (those of them that newer GPUs can run too).
 
 #include "ops.h"
@@ -61,6 +62,15 @@ std::string kernels() {
   }
 }
 
+std::string products() {
+  try {
+    const std::string names = std::string(has_int8_products() ? ",vnni" : "") + (has_bf16_products() ? ",bf16" : "");
+    return names.empty() ? "none" : names.substr(1);
+  } catch (const std::exception&) {  // as in kernels()
+    return "none";
+  }
+}
+
 }  // namespace
 
 std::string build_info() {
@@ -70,7 +80,7 @@ std::string build_info() {
   const std::string cuda = "no";
 #endif
   return "compiler=" + compiler() + "\ntorch_target=" + torch_target() + "\nisa=" + instruction_sets() +
-         "\nkernels=" + kernels() + "\ncuda=" + cuda + "\n";
+         "\nkernels=" + kernels() + "\nproducts=" + products() + "\ncuda=" + cuda + "\n";
 }
 
 }  // namespace textok_fast

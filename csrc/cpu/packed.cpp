@@ -1,6 +1,7 @@
 // pack_linear and packed_linear on the CPU.
 
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -24,15 +25,29 @@ namespace {
 constexpr int64_t kRowsAtOnce = 128;  // whose sums for a panel, and nearly whose x, stay in the second-level cache
 constexpr int64_t kTaskSize = 1 << 18;  // multiply-adds of four bytes that are worth waking a thread for
 
+struct Choice {
+  const PackedKernels& kernels;
+  uint32_t layout;  // an index of kLayouts
+};
+
+constexpr const char* kLayouts[] = {"baseline", "avx2", "avx512", "avx512bf16", "avx512vnni"};
+
 // The kernels for a kind: fp32, bf16, int8.
-const PackedKernels& kernels_of(int64_t kind) {
+Choice choose(int64_t kind) {
   STD_TORCH_CHECK(0 <= kind && kind <= 2, "kind must be 0 (fp32), 1 (bf16) or 2 (int8)");
 #ifdef TEXTOK_X86_KERNELS
-  if (kind == 1 && has_bf16_products()) return packed_avx512bf16;
-  if (kind == 2 && has_int8_products()) return packed_avx512vnni;
+  if (kind == 1 && has_bf16_products()) return {packed_avx512bf16, 3};
+  if (kind == 2 && has_int8_products()) return {packed_avx512vnni, 4};
 #endif
-  return TEXTOK_CHOOSE(packed);
+  return {TEXTOK_CHOOSE(packed), static_cast<uint32_t>(isa())};
 }
+
+// Behind the last panel stand a mark and the index of the layout: packed weights are tensors, which can be stored and come back
+// on another processor, whose kernels would read as many words in another order. The mark changes when a layout does.
+constexpr uint32_t kMark = 0x7e470001;
+constexpr int64_t kMarkWords = 2;
+
+int64_t words_with_mark(int64_t words) { return words == 0 ? 0 : words + kMarkWords; }
 
 ScalarType weight_type(int64_t kind) {
   return kind == 0 ? ScalarType::Float : kind == 1 ? ScalarType::BFloat16 : ScalarType::Char;
@@ -85,7 +100,7 @@ Rows rows_of(const Tensor& x) {
 }  // namespace
 
 Tensor pack_linear(const Tensor& weight_, int64_t kind) {
-  const PackedKernels& kernels = kernels_of(kind);
+  const auto [kernels, layout] = choose(kind);
   check_cpu("weight", weight_);
   check_dtype("weight", weight_, weight_type(kind));
   STD_TORCH_CHECK(weight_.dim() == 2, "weight must be (out, in)");
@@ -96,14 +111,17 @@ Tensor pack_linear(const Tensor& weight_, int64_t kind) {
   STD_TORCH_CHECK(kind != 2 || pack.in <= 1 << 17, "in must be at most 131072, or sums of int8 products could overflow");
   const int64_t panels = divide_up(pack.out, kernels.columns_per_panel);
   const int64_t steps = divide_up(pack.in, numbers_per_step(kind)), words = panels * steps * kernels.columns_per_panel;
-  Tensor packed = empty({words * numbers_per_step(kind)}, weight_type(kind));
+  Tensor packed = empty({words_with_mark(words) * numbers_per_step(kind)}, weight_type(kind));
   if (words == 0) return packed;
   pack.weight = weight.const_data_ptr();
   pack.packed = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  pack.packed[words] = kMark;
+  pack.packed[words + 1] = layout;
   ask_for_large_pages(pack.packed, 4 * words);
   const int64_t bytes_per_panel = 4 * steps * kernels.columns_per_panel;
+  const PackedFunctions& run = kernels.kinds[kind];
   torch::stable::parallel_for(0, panels, grain(bytes_per_panel), [&](int64_t begin, int64_t end) {
-    kernels.kinds[kind].pack(pack, begin, end);
+    run.pack(pack, begin, end);
   });
   return packed;
 }
@@ -116,7 +134,8 @@ Tensor packed_linear(
     int64_t out_features,
     int64_t kind,
     std::string activation) {
-  const PackedKernels& kernels = kernels_of(kind);
+  const Choice choice = choose(kind);
+  const PackedKernels& kernels = choice.kernels;
   const PackedFunctions& run = kernels.kinds[kind];
   const int64_t columns = kernels.columns_per_panel, group = kernels.rows_per_group;
   PackedProduct product = {};
@@ -137,11 +156,18 @@ Tensor packed_linear(
   check_cpu("packed", packed);
   check_dtype("packed", packed, weight_type(kind));
   STD_TORCH_CHECK(out_features >= 0, "out_features must not be negative");
-  const int64_t panels = divide_up(out_features, columns);
-  STD_TORCH_CHECK(
-      packed.is_contiguous() && packed.numel() == panels * product.steps * columns * numbers_per_step(kind),
-      "packed is not what pack_linear makes here of a weight of ", out_features, " x ", product.in);
   product.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+  const int64_t numbers = packed.is_contiguous() ? packed.numel() : 0, marked = numbers / numbers_per_step(kind) - kMarkWords;
+  if (marked > 0 && product.packed[marked] == kMark && product.packed[marked + 1] < std::size(kLayouts)) {
+    STD_TORCH_CHECK(
+        product.packed[marked + 1] == choice.layout, "packed was made for ", kLayouts[product.packed[marked + 1]],
+        " kernels and ", kLayouts[choice.layout], " ones run here; pack the weight again where it is used");
+  }
+  const int64_t panels = divide_up(out_features, columns), in_panels = panels * product.steps * columns;
+  STD_TORCH_CHECK(
+      packed.is_contiguous() && numbers == words_with_mark(in_panels) * numbers_per_step(kind) &&
+          (in_panels == 0 || product.packed[in_panels] == kMark),
+      "packed is not what pack_linear makes here of a weight of ", out_features, " x ", product.in);
 
   std::optional<Tensor> scales_, bias_;
   if (kind == 2) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from textok_fast.diffusion import (
     merge_conditions,
     noise_for_seeds,
     sample,
-    step_generators,
 )
 from textok_fast.errors import InputError
 
@@ -152,8 +152,8 @@ def test_picture_of_a_seed_does_not_depend_on_its_batch(name: str, options: dict
         return torch.cat((0.4 * x, torch.zeros_like(x)), 2)
 
     def run(seeds: list[int]) -> Tensor:
-        noise = noise_for_seeds(seeds, (5, 6))
-        return sample(name, model, noise, 10, GaussianDiffusion(), step_generators(seeds), **options)
+        noise, others = noise_for_seeds(seeds, (5, 6)), generators_for_seeds([1000 + seed for seed in seeds])
+        return sample(name, model, noise, 10, GaussianDiffusion(), others, **options)
 
     together = run([11, 12, 13])
     for row, seed in enumerate([11, 12, 13]):
@@ -161,14 +161,10 @@ def test_picture_of_a_seed_does_not_depend_on_its_batch(name: str, options: dict
     assert not torch.equal(together[0], together[1])
 
 
-def test_step_noise_is_not_the_initial_noise() -> None:
-    seeds = list(range(200))
-    initial = noise_for_seeds(seeds, (4, 8))
-    steps = draw_noise(initial.shape, step_generators(seeds), "cpu", torch.float32)
-    assert abs(torch.corrcoef(torch.stack((initial.flatten(), steps.flatten())))[0, 1]) < 0.05
-    assert not any(torch.equal(a, b) for a, b in zip(initial, steps, strict=True))
-    neighbours = torch.corrcoef(torch.stack((steps[:-1].flatten(), steps[1:].flatten())))[0, 1]
-    assert abs(neighbours) < 0.05
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_is_finite(scale: float) -> None:
+    with pytest.raises(InputError, match="a guidance scale must be finite"):
+        guided(lambda x, t, condition: x, None, None, scale)
 
 
 def test_bad_seeds_and_generators() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -163,6 +164,39 @@ def test_outside_the_interval_the_scale_is_1() -> None:
     assert heun.guided == (False, False, False, True, True, True, True)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_an_intervals_ends_are_inside_though_times_are_rounded(sampler: str) -> None:
+    program = sampler_program(FlowMatching(), sampler, 3.0, (0.1, 0.3), steps=10)
+    times = program.times.tolist()
+    if sampler != "sde":
+        assert 0.3 < max(time for time in times if time < 0.35) < 0.3 + 1e-9  # rounded up
+    assert program.guided == tuple(0.0999 < time < 0.3001 for time in times)
+    model = guided(lambda x, t, of: of.view(-1, 1, 1).expand_as(x), torch.ones(1), torch.zeros(1), 3.0, (0.1, 0.3))
+    x = torch.zeros(1, 2, 4)
+    for time, inside in zip(times, program.guided, strict=True):  # what samplers ask, and what anybody may ask
+        assert float(model.at_time(time)(x, torch.tensor([time])).max()) == (3.0 if inside else 1.0)
+        for dtype in (torch.float32, torch.float64):
+            assert float(model(x, torch.tensor([time], dtype=dtype)).max()) == (3.0 if inside else 1.0)
+    assert float(model(x, torch.tensor([0.3001])).max()) == 1.0
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_number_of_steps_is_a_number_in_any_form(sampler: str) -> None:
+    diffusion = FlowMatching() if SAMPLERS[sampler] == "flow" else GaussianDiffusion(learn_sigma=False)
+    noise, step_noise = torch.randn(2, 5, 4), torch.randn(7, 2, 5, 4)
+    model, told = lambda x, t: 0.3 * torch.sin(x), list[tuple[int, int]]()
+    extra: dict[str, Any] = {} if sampler in ("euler", "heun") else {"step_noise": step_noise}
+    program = sampler_program(diffusion, sampler, steps=7)
+    wanted = sample(sampler, model, noise, 7, diffusion, **extra)
+    for steps in (np.int64(7), np.uint8(7), "7", " 07", torch.tensor(7)):
+        found = sampler_program(diffusion, sampler, steps=steps)  # type: ignore[arg-type]
+        assert torch.equal(found.times, program.times) and torch.equal(found.table, program.table)
+        assert found.steps == 7 and type(found.steps) is int
+        assert torch.equal(sample(sampler, model, noise, steps, diffusion, **extra), wanted)  # type: ignore[arg-type]
+    sample(sampler, model, noise, np.int64(7), diffusion, progress=lambda *of: told.append(of), **extra)  # type: ignore[arg-type]
+    assert [type(number) for number in told[-1]] == [int, int] and told[-1][0] == told[-1][1]
+
+
 def test_a_step_beyond_the_table_is_nan() -> None:
     program = sampler_program(GaussianDiffusion(respacing="3", learn_sigma=False))
     x = torch.randn(2, 5, 4)
@@ -175,7 +209,7 @@ def test_a_step_beyond_the_table_is_nan() -> None:
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_few_steps_and_many(steps: int, sampler: str) -> None:
     diffusion = FlowMatching() if SAMPLERS[sampler] == "flow" else GaussianDiffusion(prediction="v")
-    program = sampler_program(diffusion, sampler, steps=steps, eta=1.0)
+    program = sampler_program(diffusion, sampler, steps=steps, eta=1.0 if sampler == "ddim" else 0.0)
     assert program.table.isfinite().all() and (program.mix is None or program.mix.isfinite().all())
     if sampler == "sde":  # whose last step goes to a mean that still has some of the noise
         return
@@ -207,7 +241,17 @@ def test_what_does_not_fit_is_refused() -> None:
         (gaussian, {"guidance_scale": torch.ones(4, 1)}, r"a number, or one for each evaluation, got shape \(4, 1\)"),
         (gaussian, {"guidance_scale": "strong"}, "a number, or one for each evaluation, got 'strong'"),
         (gaussian, {"guidance_scale": None}, "a number, or one for each evaluation, got None"),
+        (gaussian, {"guidance_scale": math.nan}, "guidance_scale must be finite, got nan"),
+        (gaussian, {"guidance_scale": [1.0, 2.0, math.inf, 1.0]}, "guidance_scale must be finite, got .*inf"),
         (gaussian, {"interval": (3, 1)}, r"a guidance interval is \(low, high\) with low <= high"),
+        (gaussian, {"sampler": "ddpm", "eta": 0.5}, "eta is ddim's, sampler 'ddpm' has none; got 0.5"),
+        (flow, {"sampler": "sde", "steps": 4, "eta": 0.5}, "eta is ddim's, sampler 'sde' has none"),
+        (gaussian, {"sampler": "dpmpp_2m", "t_start": 0.5}, "t_start and t_end are a flow's, sampler 'dpmpp_2m' has none"),
+        (gaussian, {"t_end": 0.1}, "t_start and t_end are a flow's, sampler 'ddpm' has none; got 1.0 and 0.1"),
+        (gaussian, {"sampler": "unipc", "steps": 3.0}, "steps must be an integer or a respacing such as 'ddim50', got 3.0"),
+        (gaussian, {"steps": True}, "steps must be an integer or a respacing .* got True"),
+        (flow, {"sampler": "euler", "steps": True}, "steps must be an integer or a respacing .* got True"),
+        (flow, {"sampler": "euler", "steps": "ddim4"}, "'euler' takes a number of steps, got 'ddim4'"),
     ]
     for diffusion, options, message in wrong:
         with pytest.raises(InputError, match=message):

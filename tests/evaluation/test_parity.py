@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from textok_fast import DiT, DiTConfig, TexTok
 from textok_fast.errors import InputError
 from textok_fast.evaluation import parity
 from textok_fast.evaluation.parity import ParityConfig, ParityResult, psnr_db, relative_error, run_parity
@@ -36,6 +39,13 @@ def test_every_precision_is_measured_against_float64(result: ParityResult) -> No
     assert [row.precision for row in result.forwards if row.how.startswith("PyTorch")] == ["fp32", "bf16"]
 
 
+def test_bf16_meets_its_target_where_all_blocks_count() -> None:
+    config, cpu = ParityConfig(size="S", precisions=("bf16",), threads=1), torch.device("cpu")
+    (engine, eager), skipped = parity._forwards(config, parity._random(config, cpu), cpu, lambda text: None)
+    assert not skipped and engine.met and engine.worst <= parity.FORWARD_TARGETS["bf16"]
+    assert engine.mean < 0.8 * eager.mean  # PyTorch's, whose residual stream is bfloat16
+
+
 def test_samples_are_compared_with_float32(result: ParityResult) -> None:
     samples = {row.precision: row for row in result.samples}
     assert samples["fp32"].tokens > 90 and samples["bf16"].tokens > 30 and samples["bf16"].met
@@ -52,6 +62,20 @@ def test_report(result: ParityResult) -> None:
     text = result.to_markdown()
     assert "at most 1e-02" in text and "above 30 dB" in text and f"{result.token_peak:.4g}" in text
     assert "textok-fast bench parity" in text
+
+
+def test_a_trained_generator_of_captions(make_tokenizer: Callable[..., TexTok], loads_fake_text: Any, tmp_path: Path) -> None:
+    sizes = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 2, "heads": 2, "num_classes": 0, "text_dim": 8}
+    model = DiT(DiTConfig(**sizes, learn_sigma=False, time_scale=1000.0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "generator")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    about = {"objective": "flow", "prediction": "velocity", "label_names": [], "captions": {}}
+    (tmp_path / "pipeline.json").write_text(json.dumps(about))
+    found = run_parity(_config(model=str(tmp_path), batch=2, precisions=("fp32",)), progress=False)
+    assert found.skipped == [] and found.samples[0].tokens > 80
+    assert all(row.relative > 1e-4 for row in found.options)  # guidance and its interval count
 
 
 def test_an_error_in_the_engine_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from textok_fast.inference import (
     TokenizerEngine,
 )
 from textok_fast.inference import generator as generator_module
+from textok_fast.inference import tokenizer as tokenizer_module
+from textok_fast.inference.memory import weights_estimate
 from textok_fast.modeling.text_encoders import TextFeatures
 
 SEEDS = [5, 6, 2**40]
@@ -194,6 +197,79 @@ def test_other_precisions_come_near(precision: Any, most: float) -> None:
         assert found.dtype == torch.float32 and bool(found.isfinite().all())
 
 
+class Lora(torch.nn.Module):
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = torch.nn.Linear(base.in_features, 2), torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def changed(what: str) -> DiT:
+    """A model somebody has done ``what`` to."""
+    model = make("text", num_classes=0)
+    block = model.blocks[1]
+    if what == "lora":
+        block.adaLN_modulation[1] = Lora(block.adaLN_modulation[1])
+    elif what == "hooked adaLN":
+        model.final_layer.adaLN_modulation[1].register_forward_hook(lambda module, given, out: out * 1.5)
+    elif what == "hooked keys":
+        block.cross_attn.register_forward_hook(lambda module, given, out: out * 1.5)
+    else:
+        places = {"patched fc1": (block.mlp, "fc1"), "patched qkv": (block.attn, "qkv"), "patched keys": (block, "cross_attn")}
+        owner, name = places[what]
+        layer = getattr(owner, name)
+        layer.forward = lambda *given, inner=layer.forward: inner(*given) * 1.5
+    return model
+
+
+@pytest.mark.parametrize("what", ["lora", "hooked adaLN", "hooked keys", "patched fc1", "patched qkv", "patched keys"])
+@torch.no_grad()
+def test_what_somebody_changed_counts(what: str) -> None:
+    model, given = changed(what), conditions("text", 3)
+    x, t = torch.randn(3, 3, 4), torch.tensor([0, 500, 999])
+    wanted, before = model(x, t, None, given["text"]), make("text")(x, t, None, given["text"])
+    assert relative(wanted, before) > 1e-3
+    engine = Engine(model, Plan())
+    assert relative(engine(x, t, None, given["text"]), wanted) < 2e-6
+    found = engine.sample(build_process("gaussian", True), **given, seeds=SEEDS, steps=3, guidance_scale=2.0)
+    assert relative(found, reference(model, given, SEEDS, "ddpm", 3, 2.0)) < 2e-6
+
+
+def test_a_hook_on_the_whole_model_is_refused() -> None:
+    model = make()
+    handle = model.register_forward_hook(lambda module, given, out: out * 2)
+    with pytest.raises(InputError, match="the DiT itself has a hook"):
+        Engine(model, Plan())
+    handle.remove()
+    model.forward = lambda *given: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(InputError, match="a replaced forward"):
+        Engine(model, Plan())
+
+
+@pytest.mark.parametrize("products", ["auto", "reference"])
+def test_the_callers_modes_do_not_matter(products: Any, make_tokenizer: Callable[..., TexTok]) -> None:
+    model, given, process = make("text"), conditions("text", 3), build_process("gaussian", True)
+    options: dict[str, Any] = {"seeds": SEEDS, "steps": 3, "guidance_scale": 2.0}
+    wanted = GeneratorEngine(model, Plan(products=products)).sample(process, **given, **options)
+    tokenizer, pictures = make_tokenizer(), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    codec = TokenizerEngine(tokenizer, Plan(products=products))
+    tokens = codec.encode(pictures, ["a", "b c"]).mode()
+    images = codec.decode(tokens, ["a", "b c"])
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.enable_grad()):
+        with mode:
+            engine = GeneratorEngine(model, Plan(products=products))
+            assert torch.equal(engine.sample(process, **given, **options), wanted)
+            other = TokenizerEngine(tokenizer, Plan(products=products))
+            assert torch.equal(other.encode(pictures, ["a", "b c"]).mode(), tokens)
+            assert torch.equal(other.decode(tokens, ["a", "b c"]), images)
+        assert torch.equal(engine.sample(process, **given, **options), wanted)  # the same buffers
+        assert torch.equal(other.encode(pictures, ["a", "b c"]).mode(), tokens)
+        assert torch.equal(other.decode(tokens, ["a", "b c"]), images)
+
+
 # -- step cache --------------------------------------------------------------------------------------------------------
 
 
@@ -262,22 +338,55 @@ def test_the_loop_never_waits(kind: str, sampler: str, mode: Any) -> None:
         run.result().sum().item()
 
 
+class Recorder(TorchDispatchMode):
+    """Keeps each operation with the very tensors that it read and made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
 class FakeGraph:
-    """Stands for a captured graph: runs the function, and counts."""
+    """Does on a CPU what a captured graph does: its first call records operations, and each call does them again, on the
+    tensors and with the numbers of the first."""
 
     made: list[FakeGraph] = []  # noqa: RUF012
 
-    def __init__(self, function: Callable[[], None], state: Sequence[Tensor], enabled: bool, name: str) -> None:
-        assert enabled
-        self.function, self.state, self.calls = function, state, 0
-        self.made.append(self)
+    def __init__(
+        self, function: Callable[[], None], state: Sequence[Tensor], enabled: bool, name: str, warm_up: Any = None
+    ) -> None:
+        self.function, self.state, self.warm_up, self.calls = function, state, warm_up or function, 0
+        self.recorder: Recorder | None = None
+        self.enabled = enabled
+        if enabled:
+            self.made.append(self)
 
     def __call__(self) -> None:
+        if not self.enabled:
+            self.function()
+            return
         self.calls += 1
-        # What a graph reads lies where it lay at its first call.
-        places = [tensor.data_ptr() for tensor in self.state]
-        self.function()
-        assert places == [tensor.data_ptr() for tensor in self.state]
+        if self.recorder is None:
+            saved = [tensor.clone() for tensor in self.state]
+            for run in (self.warm_up, self.record):
+                run()
+                for tensor, value in zip(self.state, saved, strict=True):
+                    tensor.copy_(value)
+        assert self.recorder is not None
+        for func, args, kwargs, result in self.recorder.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.numel() and old.data_ptr() != new.data_ptr():  # no view, not in place
+                    old.copy_(new)
+
+    def record(self) -> None:
+        with Recorder() as self.recorder:
+            self.function()
 
 
 @pytest.fixture
@@ -323,6 +432,46 @@ def test_a_step_is_one_graph_for_pair_and_single(capturing: Callable[..., Genera
     other = {**given, "labels": torch.tensor([0, 2, 0])}  # as many distinct labels: nothing is captured again
     engine.sample(process, **other, seeds=SEEDS, steps=6, guidance_scale=2.0, guidance_interval=(300, 800))
     assert len(FakeGraph.made) == 2
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "2d"])
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+@pytest.mark.parametrize("mode", ["ahead", "inside"])
+def test_a_graph_is_right_for_the_next_run(
+    capturing: Callable[..., GeneratorEngine], kind: str, sampler: str, mode: Any
+) -> None:
+    """Whatever changes from run to run, and from chunk to chunk, lies where the first run had it."""
+    model, process = make(kind), build_process("gaussian", True)
+    engine = capturing(model, "loop", modulation=mode, modulation_budget=40_000, step_cache=StepCache(2, 1, 2))
+    plain = GeneratorEngine(model, Plan(step_cache=StepCache(2, 1, 2)))
+    options: dict[str, Any] = {"sampler": sampler, "steps": 5, "guidance_scale": 2.0}
+    given = conditions(kind, 3)
+    other = {name: None if value is None or name == "text" else value.flip(0) for name, value in given.items()}
+    if given["text"] is not None:
+        other["text"] = TextFeatures(*(part.flip(0) for part in given["text"]))
+    for each, seeds in ((given, SEEDS), (other, [1, 2, 3])):
+        found, wanted = (which.sample(process, **each, seeds=seeds, **options) for which in (engine, plain))
+        assert relative(found, wanted) < 2e-6
+    graphs = len(FakeGraph.made)
+    engine.sample(process, **given, seeds=SEEDS, **options)
+    assert len(FakeGraph.made) == graphs
+
+
+def test_each_kind_of_evaluation_warms_up_once(
+    capturing: Callable[..., GeneratorEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = capturing(make(), "loop")
+    evaluated: list[Any] = []
+    evaluate = generator_module._Loop._evaluate
+
+    def counted(self: Any, kind: Any) -> None:
+        evaluated.append(kind)
+        evaluate(self, kind)
+
+    monkeypatch.setattr(generator_module._Loop, "_evaluate", counted)
+    engine.sample(build_process("gaussian", True), seeds=[1], steps=20, guidance_scale=2.0, guidance_interval=(300, 800))
+    assert len(FakeGraph.made) == 1
+    assert len(evaluated) == 2 + 20  # pair and single, and then the chunk
 
 
 def test_runs_do_not_disturb_each_other() -> None:
@@ -395,6 +544,34 @@ def test_nothing_keeps_an_engine_alive() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_residual_stream_and_condition_are_float32(precision: Any) -> None:
+    model, given = make(), conditions("class", 2)
+    engine = Engine(model, Plan(precision=precision, step_cache=StepCache(2)))
+    t, labels = torch.tensor([300, 20]), given["labels"]
+    condition = engine.model.condition(t, labels)
+    assert torch.equal(condition, model.condition(t, labels))
+    rows = engine.modulation(condition)
+    x = torch.randn(2, 3, 4).to(engine.dtype)
+    output, added = engine._first(x, rows, None, None)
+    assert rows.dtype == output.dtype == torch.bfloat16 and added.dtype == torch.float32
+    assert torch.equal(engine._short(x, rows, None, None, added), output)
+    assert torch.equal(engine._whole(x, rows, None, None), output)
+    stream = engine.model.embed(x).float()
+    whole, hidden = engine.model.run_blocks(stream, engine.modulation.split(rows))
+    assert whole.dtype == torch.float32 and hidden.dtype == torch.bfloat16
+    assert torch.equal(engine.model.project(hidden), output)
+
+
+def test_a_norm_with_a_hook_takes_a_float32_residual_stream() -> None:
+    model, given = make("text"), conditions("text", 2)
+    wanted = model(x := torch.randn(2, 3, 4), t := torch.tensor([3, 9]), text=given["text"])
+    called = []
+    model.blocks[1].cross_norm.register_forward_hook(lambda *_: called.append(1))  # type: ignore[union-attr]
+    found = Engine(model, Plan(precision="bf16"))(x, t, text=given["text"])
+    assert called and relative(found, wanted.detach()) < 3e-2
+
+
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -423,25 +600,29 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
-    ("kind", "batch", "guidance"), [("class", 8, True), ("class", 3, False), ("text", 4, True), ("2d", 4, True)]
+    ("kind", "batch", "guidance", "length"),
+    [("class", 8, True, 5), ("class", 3, False, 5), ("text", 4, True, 5), ("text", 16, True, 128), ("2d", 4, True, 5)],
 )
-def test_memory_is_as_predicted(precision: Any, kind: str, batch: int, guidance: bool) -> None:
-    sizes = {"input_size": 16} if kind == "2d" else {"num_tokens": 64}
+def test_memory_is_as_predicted(precision: Any, kind: str, batch: int, guidance: bool, length: int) -> None:
+    sizes = {"input_size": 16} if kind == "2d" else {"num_tokens": 32 if length > 64 else 64}
     model = make(kind, width=128, in_channels=8, **sizes)
     engine = Engine(model, Plan(precision))
-    estimate = engine.memory(batch, 4, guidance, text_tokens=5)
+    estimate = engine.memory(batch, 4, guidance, text_tokens=length)
     modules = [model, engine.model, engine.modulation, *([engine._text_keys] if engine._text_keys else [])]
     existing = [tensor for module in modules for tensor in itertools.chain(module.parameters(), module.buffers())]
-    text = TextFeatures(torch.randn(batch, 5, 8), torch.ones(batch, 5) > 0) if kind == "text" else None
+    text = TextFeatures(torch.randn(batch, length, 8), torch.ones(batch, length) > 0) if kind == "text" else None
     labels = None if kind == "text" else torch.arange(batch) % 5
+    options: dict[str, Any] = {"steps": 4, "guidance_scale": 2.0 if guidance else 1.0}
     with PeakMemory(existing) as measured:
         process = build_process("gaussian", True)
-        engine.sample(process, labels=labels, text=text, seeds=range(batch), steps=4, guidance_scale=2.0 if guidance else 1.0)
+        for _ in range(2):  # the second time into the same buffers
+            engine.sample(process, labels=labels, text=text, seeds=range(batch), **options)
     predicted = estimate.total - estimate.weights
     assert 0.95 < predicted / measured.peak < 1.8  # never too little; products that write GELU at once need less
-    assert estimate.weights >= sum(tensor.nbytes for tensor in model.parameters()) * (0.45 if precision == "bf16" else 0.9)
+    share = {"fp32": 0.9, "bf16": 0.45, "fp8": 0.25}[precision]
+    assert estimate.weights >= sum(tensor.nbytes for tensor in model.parameters()) * share
 
 
 def test_what_does_not_fit_is_refused_or_split() -> None:
@@ -459,7 +640,64 @@ def test_what_does_not_fit_is_refused_or_split() -> None:
     assert seen == [(i, 8) for i in range(1, 9)]  # two parts of four evaluations
     assert relative(found, reference(model, given, SEEDS, "ddpm", 4, 2.0)) < 2e-6
     with pytest.raises(InputError, match=r"a batch of 1 does not fit"):
-        Engine(model, Plan(memory_limit=1000, split=True)).start(process, **given, **options)
+        Engine(model, Plan(memory_limit=free.weight_bytes + 1000, split=True)).start(process, **given, **options)
+
+
+def test_the_largest_part_has_to_fit() -> None:
+    """The first four samples share a class, the last four do not, and have more modulation."""
+    model, process = make(num_tokens=16), build_process("gaussian", True)
+    options: dict[str, Any] = {"seeds": range(8), "steps": 40, "labels": torch.tensor([0] * 4 + [0, 1, 2, 3])}
+    free = Engine(model, Plan())
+    four = free.memory(4, 40, guidance=False).total  # of four classes
+    like = four - 3 * 40 * free.modulation.columns * 4  # of one
+    for limit, parts in (((four + like) // 2, 3), (four + 1000, 2)):
+        seen: list[int] = []
+        engine = Engine(model, Plan(memory_limit=limit, split=True))
+        found = engine.sample(process, progress=lambda done, total: seen.append(total), **options)  # noqa: B023
+        assert seen[-1] == parts * 40
+        assert torch.equal(found, free.sample(process, **options))
+
+
+def test_runs_under_way_count_against_the_limit() -> None:
+    model, process = make(num_tokens=64), build_process("gaussian", True)
+    free = Engine(model, Plan())
+    one = free.memory(2, 4)
+    engine = Engine(model, Plan(memory_limit=one.total + one.state + one.modulation + 1000))
+    options: dict[str, Any] = {"seeds": [1, 2], "steps": 4, "labels": torch.tensor([1, 2]), "guidance_scale": 2.0}
+    first, second = engine.start(process, **options), engine.start(process, **options)
+    with pytest.raises(InputError, match="a batch of 2 does not fit"):
+        engine.start(process, **options)
+    wanted = free.sample(process, **options)
+    assert torch.equal(first.finish(), wanted)
+    third = engine.start(process, **options)  # in the place of the first
+    assert torch.equal(second.finish(), wanted) and torch.equal(third.finish(), wanted)
+    del first, second, third
+    # Buffers that are only kept, of these runs, give way to those of another shape.
+    found = engine.sample(process, **{**options, "steps": 5})
+    assert torch.equal(found, free.sample(process, **{**options, "steps": 5}))
+    assert [loop.shape.evaluations for loop in engine._loops.values()] == [5] or engine._available(True) >= one.total
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8"])
+def test_weights_that_do_not_fit_are_refused_before_anything_moves(
+    precision: Any, monkeypatch: pytest.MonkeyPatch, make_tokenizer: Callable[..., TexTok]
+) -> None:
+    for kind, model, module in (("DiT", make(width=64), "generator"), ("TexTok", make_tokenizer(), "tokenizer")):
+        engine: Any = Engine(model, Plan(precision))
+        actual = engine.memory(1).weights
+        predicted = weights_estimate(model, precision, torch.device("cpu")).weights
+        assert (0.7 if kind == "DiT" else 0.5) < predicted / actual <= 1.01  # of a tokenizer also what is computed once
+        with monkeypatch.context() as patch:
+            patch.setattr(f"textok_fast.inference.{module}.prepare", lambda *a, **k: pytest.fail("it moved"))
+            with pytest.raises(InputError, match=rf"the model in {precision} does not fit, it takes .* available"):
+                Engine(model, Plan(precision, memory_limit=predicted - 1))
+
+
+def test_weights_count_once() -> None:
+    for kind in KINDS:
+        model = make(kind)
+        wanted = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+        assert Engine(model, Plan(products="reference")).memory(1).weights == wanted
 
 
 def test_a_modulation_budget_is_kept() -> None:
@@ -509,6 +747,37 @@ def test_forced_backends_hold_inside_the_engine_only(monkeypatch: pytest.MonkeyP
     assert ops.dispatch.forced() == {}
 
 
+# -- a tokenizer's graphs --------------------------------------------------------------------------------------------------
+
+
+def test_a_shape_that_comes_again_is_a_graph(monkeypatch: pytest.MonkeyPatch, make_tokenizer: Callable[..., TexTok]) -> None:
+    """A tokenizer on a CPU that believes to capture."""
+    monkeypatch.setattr(tokenizer_module, "Captured", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *a: SimpleNamespace(cuda_stream=7))
+    FakeGraph.made.clear()
+    model = make_tokenizer()
+    plain, plan = TokenizerEngine(model, Plan()), Plan()
+    object.__setattr__(plan, "capture", "loop")
+    engine = TokenizerEngine(model, plan)
+    captions = [["a", "two words"], ["others", "of as few"], ["x", "y"], ["z", "w"]]
+    graphs = []
+    for given in captions:
+        pictures = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+        wanted, found = (each.encode(pictures, given).mode() for each in (plain, engine))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        images = engine.decode(wanted, given)
+        torch.testing.assert_close(images, plain.decode(wanted, given), atol=1e-5, rtol=1e-5)
+        patches = engine.model.decoder.patches(wanted, None)  # what the network itself gives
+        kept = patches.clone(), images.clone()
+        engine.decode(wanted + 1, given)
+        engine.model.decoder.patches(wanted + 1, None)
+        assert torch.equal(patches, kept[0]) and torch.equal(images, kept[1])  # not what a replay writes
+        graphs.append(len(FakeGraph.made))
+    assert graphs[0] == 2 and graphs[-1] == graphs[-2]  # the decoder's, with and without captions; then nothing new
+    assert engine.memory(2).state == 2 * plain.memory(2).state
+    FakeGraph.made.clear()
+
+
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 
@@ -544,8 +813,11 @@ def test_graphs_give_what_single_kernels_give(kind: str, sampler: str) -> None:
     options: dict[str, Any] = {"seeds": SEEDS, "steps": 8, "guidance_scale": 2.0, "guidance_interval": (200, 800)}
     options["sampler"] = sampler
     wanted = Engine(model, Plan()).sample(process, **given, **options)
+    # Three evaluations a chunk, and then two: rows of three classes are four, of captions one, of (6 depth + 2) D numbers.
+    three = 3 * (1 if kind == "text" else 4) * 26 * 64 * 4
     for capture, mode in itertools.product(("none", "step", "loop"), ("ahead", "inside")):
-        engine = Engine(model, Plan(device="cuda", capture=capture, modulation=mode, modulation_budget=300_000))
+        plan = Plan(device="cuda", capture=capture, modulation=mode, modulation_budget=three)
+        engine = Engine(model, plan)
         first = engine.sample(process, **given, **options)
         assert relative(first.cpu(), wanted) < 1e-3
         assert torch.equal(engine.sample(process, **given, **options), first)  # replayed
@@ -563,3 +835,83 @@ def test_memory_on_a_gpu_is_as_predicted() -> None:
     engine.sample(build_process("gaussian", True), labels=torch.arange(32) % 5, seeds=range(32), steps=10, guidance_scale=2.0)
     peak = torch.cuda.max_memory_allocated() - before
     assert 0.95 < (estimate.total - estimate.weights) / peak < 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("capture", ["none", "step", "loop"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"precision": "bf16"}, {"precision": "fp8"}, {"step_cache": StepCache(2, 1, 3)}, {"compile": "default"}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_on_a_gpu_graphs_of_every_kind_replay(capture: Any, fields: dict[str, Any]) -> None:
+    """Replayed, after other shapes have come and gone and torch has given its unused memory back, in every kind of plan."""
+    if fields.get("precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    model, process, given = make("class", width=128, heads=2), build_process("gaussian", True), conditions("class", 3)
+    options: dict[str, Any] = {"steps": 8, "guidance_scale": 2.0, "guidance_interval": (200, 800)}
+    budget = 3 * 4 * 26 * 128 * 4
+    single = Engine(model, Plan(device="cuda", modulation_budget=budget, **fields))
+    engine = Engine(model, Plan(device="cuda", capture=capture, modulation_budget=budget, **fields))
+    wanted = single.sample(process, **given, seeds=SEEDS, **options)
+    first = engine.sample(process, **given, seeds=SEEDS, **options)
+    assert relative(first, wanted) < 1e-3
+    for batch in (1, 2, 4, 5, 6):  # more than are kept
+        engine.sample(process, seeds=range(batch), **options)
+        torch.cuda.empty_cache()
+        torch.full((64, 2**20), torch.nan, device="cuda")  # whoever reads freed memory
+        assert torch.equal(engine.sample(process, **given, seeds=SEEDS, **options), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("capture", ["none", "step"])
+@pytest.mark.parametrize("kind", ["class", "text", "image"])
+def test_on_a_gpu_the_loop_never_waits(capture: Any, kind: str) -> None:
+    engine = Engine(make(kind), Plan(device="cuda", capture=capture, modulation_budget=30_000))
+    options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "guidance_interval": (200, 800)}
+    process, given = build_process("gaussian", True), conditions(kind, 3)
+    wanted = engine.sample(process, **given, seeds=SEEDS, **options)  # captures, which waits
+    run = engine.start(process, **given, seeds=SEEDS, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while not run.finished:
+            run.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(run.result(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_captured_runs_in_turn_and_in_parts() -> None:
+    model, process, given = make("class", width=64), build_process("gaussian", True), conditions("class", 3)
+    options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0}
+    engine = Engine(model, Plan(device="cuda", capture="step"))
+    seeds = [SEEDS, [1, 2, 3]]
+    wanted = [engine.sample(process, **given, seeds=each, **options) for each in seeds]
+    runs = [engine.start(process, **given, seeds=each, **options) for each in seeds]
+    for _ in range(6):
+        for run in runs:
+            run.advance()
+    assert all(torch.equal(run.result(), each) for run, each in zip(runs, wanted, strict=True))
+    three, two = (engine.memory(batch, 6).total for batch in (3, 2))
+    for capture in ("step", "loop"):
+        split = Engine(model, Plan(device="cuda", capture=capture, split=True, memory_limit=(three + two) // 2))  # type: ignore[arg-type]
+        run = split.start(process, **given, seeds=SEEDS, **options)
+        assert run.total == 12
+        assert relative(run.finish(), wanted[0]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tokenizers_graphs_on_a_gpu(make_tokenizer: Callable[..., TexTok]) -> None:
+    model = make_tokenizer(width=64, heads=2)
+    plain, engine = (TokenizerEngine(model, Plan(device="cuda", capture=capture)) for capture in ("none", "step"))  # type: ignore[arg-type]
+    for captions in (["a", "two words"], ["b", "so many words"], ["c", "d"], ["e", "f"], ["g", "h i"]):
+        pictures = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+        wanted, found = (each.encode(pictures, captions).mode() for each in (plain, engine))
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        decoded = (each.decode(wanted, captions) for each in (plain, engine))
+        torch.testing.assert_close(*decoded, atol=1e-3, rtol=1e-3)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from textok_fast import DiT, DiTConfig, InputError, TexTok
 from textok_fast.data import load_dataset, write_shards
 from textok_fast.data.files import FileDataset
+from textok_fast.inference import Plan
 from textok_fast.inference.folders import decode_folder, encode_folder, sample_to_folder
 
 Make = Callable[..., TexTok]
@@ -288,7 +289,7 @@ def test_sampling_goes_on_where_it_stopped(by_class: str, tmp_path: Path) -> Non
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.png")}
     assert len(kept) == 4
     assert load_file(tmp_path / "parts" / "tokens.safetensors")["tokens"].shape == (4, 3, 4)
-    for options in ({"seed": 6}, {"steps": 3}, {"count": 4}, {"guidance": 2.0}):
+    for options in ({"seed": 6}, {"steps": 3}, {"count": 4}, {"guidance": 2.0}, {"plan": Plan("bf16")}):
         with pytest.raises(InputError, match="made otherwise"):
             sampled("parts", **options)
     assert sampled("parts")["new"] == 2
@@ -300,6 +301,9 @@ def test_sampling_goes_on_where_it_stopped(by_class: str, tmp_path: Path) -> Non
     torch.testing.assert_close(tokens[0], tokens[1], atol=1e-4, rtol=1e-4)
     assert json.loads((tmp_path / "parts" / "samples.json").read_text())["samples"] == whole["samples"]
 
+    listing = json.loads((tmp_path / "parts" / "samples.json").read_text())
+    assert (listing.pop("precision"), listing.pop("step_cache")) == ("fp32", None)  # a listing of a version without plans
+    (tmp_path / "parts" / "samples.json").write_text(json.dumps(listing))
     (tmp_path / "parts" / "00004.png").unlink()
     assert sampled("parts")["new"] == 2
     assert sampled("parts")["new"] == 0

@@ -45,6 +45,21 @@ def test_one_product_is_all_of_them(products: str) -> None:
     assert stacked.columns * 33 * 4 <= stacked.bytes < 2 * stacked.columns * 33 * 4  # packed ones may be padded
 
 
+@torch.no_grad()
+def test_layers_that_somebody_changed_are_called() -> None:
+    original = model()
+    linear = original.blocks[1].adaLN_modulation[1]
+    original.blocks[1].adaLN_modulation[1] = torch.nn.Sequential(linear, torch.nn.Tanh())
+    stacked = StackedModulation(prepare(original, "fp32"))
+    c = original.condition(torch.tensor([3, 900]), torch.tensor([1, 5]))
+    wanted = torch.cat(original.modulation(c), 1)
+    torch.testing.assert_close(stacked(c), wanted, atol=1e-6, rtol=1e-5)
+    buffer = torch.full_like(wanted, torch.nan)
+    assert stacked(c, out=buffer).data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(buffer, wanted, atol=1e-6, rtol=1e-5)
+    assert stacked.bytes == stacked.columns * 33 * 4 and linear.weight is original.blocks[1].adaLN_modulation[1][0].weight
+
+
 def test_rows_at_any_stride_are_modulations() -> None:
     original = model()
     stacked = StackedModulation(prepare(original, "fp32"))

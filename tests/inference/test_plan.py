@@ -25,6 +25,11 @@ def test_a_plan_is_saved_and_read_on_any_machine(given: Plan, tmp_path: Path) ->
     assert set(json.loads(path.read_text())) == {each.name for each in dataclasses.fields(Plan)}
 
 
+def test_a_plan_is_a_key() -> None:
+    assert {FULL: 1}[Plan.from_dict(FULL.to_dict())] == 1
+    assert len({Plan(), Plan(), Plan("bf16")}) == 2
+
+
 def test_a_plan_says_what_it_is() -> None:
     text = FULL.describe()
     assert len(text.splitlines()) == 8
@@ -72,6 +77,12 @@ def test_a_gpu_gets_graphs(monkeypatch: pytest.MonkeyPatch, capability: tuple[in
         (lambda: Plan(ops={"attention": "magic"}).require_machine(), "unknown backend 'magic' of attention"),
         (lambda: Plan(ops={"sorting": "native"}).require_machine(), "unknown operation 'sorting'"),
         (lambda: Plan(device="cuda:99").require_machine(), "is not there"),
+        (lambda: Plan(ops=["attention"]), "ops are a dict"),
+        (lambda: Plan(ops={"attention": 1}), "ops are a dict"),
+        (lambda: Plan(split="no"), "split is True or False, got 'no'"),
+        (lambda: Plan(step_cache=2), "step_cache is a StepCache or None, got 2"),
+        (lambda: StepCache(start="a"), "start is the number of a block, or None, got 'a'"),
+        (lambda: StepCache(stop=-1), "stop is the number of a block"),
         (lambda: StepCache(1), "at least 2, got 1"),
         (lambda: StepCache(2, 3, 3).blocks(4), "0 <= start < stop <= 4"),
         (lambda: StepCache(2, 0, 5).blocks(4), "stop 5"),
@@ -138,6 +149,15 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write("group/memory/box/memory.usage_in_bytes", "900\n")
     write("group/memory/box/memory.stat", "total_inactive_file 50\n")
     assert memory.available_memory(cpu) == 150
+
+
+def test_the_memory_of_graphs_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ((0, (0, 0), 100, 30), (0, (0, 7), 1000, 0), (1, (0, 0), 10_000, 0))  # one of a graph, one of another device
+    names = ("device", "segment_pool_id", "total_size", "active_size")
+    segments = [dict(zip(names, each, strict=True)) for each in sizes]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda include_traces: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 99))
+    assert memory.available_memory(torch.device("cuda", 0), resident=1) == 5 + 70 + 1
 
 
 def test_bytes_are_written_for_readers() -> None:

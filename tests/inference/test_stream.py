@@ -143,6 +143,69 @@ def test_one_caption_that_the_text_encoder_refuses(engine: TokenizerEngine, monk
     assert found[1].error == "item 1: a caption is not valid"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("the disk is gone")])
+def test_a_text_encoder_that_fails_stops_the_stream(
+    engine: TokenizerEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls: list[int] = []
+
+    def fail(self: Any, captions: list[str]) -> Any:
+        calls.append(len(captions))
+        raise error
+
+    monkeypatch.setattr(type(engine.text_encoder), "__call__", fail)
+    with pytest.raises(type(error), match=str(error)):
+        list(encode_stream(engine, [(picture(0), "a")] * 6, 3))
+    assert set(calls) == {3}  # not again for each caption
+    assert not stream_threads()
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_one_buffer_may_be_filled_again(engine: TokenizerEngine, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    def late(*args: Any) -> np.ndarray:
+        time.sleep(0.01)
+        return load_picture(*args)
+
+    monkeypatch.setattr(module, "load_picture", late)
+    for size in (16, 20):  # as large as the tokenizer's pictures, and to be resized
+        pictures = [picture(i, size, size) for i in range(5)]
+        buffer: Any = make(pictures[0])
+
+        def items(buffer: Any = buffer, pictures: list[np.ndarray] = pictures) -> Iterator[tuple[Any, str]]:
+            for each in pictures:
+                buffer[:] = each if make is np.array else torch.from_numpy(each)
+                yield buffer, "a b"
+
+        found = list(encode_stream(engine, items(), 2, workers=2))
+        wanted = engine.encode(np.stack([load_picture(each, 16) for each in pictures]), ["a b"] * 5)
+        torch.testing.assert_close(torch.stack([each.tokens for each in found]), wanted.mode(), atol=1e-5, rtol=1e-5)  # type: ignore[misc]
+    tokens = wanted.mode()
+    one = tokens[0].clone()
+    back = list(decode_stream(engine, ((one.copy_(each), "a b") for each in tokens), 2))
+    for each, row in zip(back, engine.decode(tokens, ["a b"] * 5, "uint8").numpy(), strict=True):
+        assert each.image is not None
+        assert int(np.abs(each.image.astype(int) - row).max()) <= 1
+
+
+def test_a_result_keeps_no_batch_alive(engine: TokenizerEngine) -> None:
+    found = list(encode_stream(engine, [(picture(i), words(1 + 9 * i)) for i in range(4)], 4))
+    for each in found:
+        assert each.tokens is not None and each.indices is not None
+        for value in (each.tokens, each.indices):
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    for back in decode_stream(engine, [(each.tokens, "a") for each in found], 4):  # type: ignore[misc]
+        assert back.image is not None
+        storage = torch.from_numpy(back.image).untyped_storage()
+        assert storage.nbytes() == back.image.nbytes
+
+
+def test_features_are_without_their_groups_padding(engine: TokenizerEngine) -> None:
+    long, short = module._features(engine.text_encoder, [words(50), "a"])
+    assert isinstance(long, Tensor) and isinstance(short, Tensor)
+    assert (len(long), len(short)) == (50, 1)
+    assert short.untyped_storage().nbytes() == short.numel() * short.element_size()
+
+
 def test_batches_are_of_like_captions_and_depend_on_the_items_alone(
     engine: TokenizerEngine, batches: list[tuple[int, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +318,11 @@ def test_sizes_are_checked_at_once(engine: TokenizerEngine) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"workers": 0}, "workers"),
         ({"bucket": -1}, "bucket"),
-        ({"batch_size": 4, "lookahead": 3}, "lookahead must be at least batch_size = 4, got 3"),
+        ({"workers": True}, "workers must be at least 1, an integer, got True"),
+        ({"batch_size": 2.0}, "batch_size must be at least 1, an integer, got 2.0"),
+        ({"batch_size": 4, "lookahead": 3}, "lookahead must be at least batch_size = 4, an integer, got 3"),
+        ({"batch_size": 4, "lookahead": 4.5}, "lookahead must be at least batch_size = 4, an integer, got 4.5"),
+        ({"batch_size": 1, "lookahead": True}, "lookahead must be at least batch_size = 1, an integer, got True"),
     ):
         with pytest.raises(InputError, match=text):
             encode_stream(engine, [], **options)  # type: ignore[arg-type]
@@ -283,6 +350,42 @@ def test_tokens_and_indices_come_back_as_pictures(engine: TokenizerEngine) -> No
     assert not stream_threads()
 
 
+def test_tokens_are_checked_in_a_thread_and_moved_and_converted_together(
+    engine: TokenizerEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in a worker must not touch the device: it would be on another stream than the network."""
+    encoded = engine.encode(np.stack([picture(i) for i in range(6)]))
+    assert encoded.indices is not None
+    tokens: list[Tensor] = [*encoded.mode()[:3].double(), encoded.indices[3], *encoded.mode()[4:]]
+    main, moved, converted = threading.get_ident(), [], []  # type: ignore[var-annotated]
+    to_device, raw_latents = module._to_device, engine.model._raw_latents
+    check = engine.model._check_tokens
+
+    def spy_move(given: Tensor, device: torch.device) -> Tensor:
+        moved.append((len(given), given.dtype, threading.get_ident()))
+        return to_device(given, device)
+
+    def spy_convert(given: Tensor) -> Tensor:
+        converted.append(threading.get_ident())
+        return raw_latents(given)
+
+    def spy_check(given: Tensor) -> Tensor:
+        assert given.device.type == "cpu" and threading.get_ident() != main
+        return check(given)
+
+    monkeypatch.setattr(module, "_to_device", spy_move)
+    monkeypatch.setattr(engine.model, "_raw_latents", spy_convert)
+    monkeypatch.setattr(engine.model, "_check_tokens", spy_check)
+    found = list(decode_stream(engine, [(each, None) for each in tokens], 6))
+    assert moved == [(3, torch.float32, main), (1, torch.int64, main), (2, torch.float32, main)]
+    assert converted == [main] * 3
+    monkeypatch.undo()
+    wanted = engine.decode(encoded, None, "uint8").numpy().astype(int)
+    for each, row in zip(found, wanted, strict=True):
+        assert each.image is not None
+        assert int(np.abs(each.image - row).max()) <= 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(make_tokenizer: Make) -> None:
@@ -293,5 +396,15 @@ def test_on_a_gpu(make_tokenizer: Make) -> None:
         wanted = engine.encode(image[None], [caption]).mode()[0].cpu()
         torch.testing.assert_close(each.tokens, wanted, atol=1e-3, rtol=1e-3)
     back = list(decode_stream(engine, [(each.tokens, caption) for each, (_, caption) in zip(found, items, strict=True)], 4))  # type: ignore[misc]
-    assert all(each.image is not None for each in back)
+    for each in back:
+        tokens, caption = found[each.index].tokens, items[each.index][1]
+        assert each.image is not None and tokens is not None
+        wanted = engine.decode(tokens[None], [caption], "uint8")[0].cpu().numpy().astype(int)
+        assert int(np.abs(each.image - wanted).max()) <= 1
+    # Tokens that lie on the GPU, out of one buffer: what is drawn is what was there then.
+    buffer = torch.empty_like(found[0].tokens, device="cuda")  # type: ignore[arg-type]
+    refilled = ((buffer.copy_(each.tokens), items[each.index][1]) for each in found)  # type: ignore[arg-type]
+    again = list(decode_stream(engine, refilled, 4))
+    for each, before in zip(again, back, strict=True):
+        assert np.array_equal(each.image, before.image)  # type: ignore[arg-type]
     assert not stream_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,15 @@ def test_the_loaded_library_has_every_operation(name: str) -> None:
     assert library.has_native(name), _native.load().reason
     schema = str(getattr(torch.ops.textok_fast, name).default._schema)
     assert schema == str(torch._C.parse_schema(f"textok_fast::{name}{library._definitions[name].schema}"))
+
+
+@pytest.mark.skipif(not _native.load().available, reason=_native.load().reason)
+def test_the_library_says_which_products_run() -> None:
+    info = _native.load().info
+    wanted = [name for name in ("vnni", "bf16") if f"avx512{name}" in info["isa"].split(",")]
+    if info["kernels"] != "avx512" or os.environ.get("TEXTOK_ISA"):  # isa.h: asked for by name, it is without them
+        wanted = []
+    assert info["products"] == (",".join(wanted) or "none")
 
 
 @pytest.mark.skipif(not library.has_native("layer_norm_modulate"), reason=_native.load().reason)

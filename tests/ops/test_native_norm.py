@@ -29,7 +29,8 @@ if os.environ.get("TEXTOK_NATIVE") != "0":  # tests/test_packaging.py fails wher
 else:
     pytestmark = pytest.mark.skip(reason="TEXTOK_NATIVE=0")
 
-DTYPES = [torch.float32, torch.bfloat16]
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16)]  # of the residual stream, of all else
 ROW_LAYOUTS = ["contiguous", "strided", "misaligned", "one sample", "one row", "reversed", "every second number"]
 SAMPLE_LAYOUTS = ["contiguous", "chunk", "misaligned", "one row", "every second number"]
 WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 72, 96, 127, 128, 160, 200, 257]))
@@ -57,18 +58,25 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 class Case:
     """Inputs for one set of sizes; rows whose spread and mean differ by orders of magnitude."""
 
-    def __init__(self, sizes: tuple[int, int, int], dtype: torch.dtype, layout: str, modulation: str, seed: int) -> None:
-        self.dtype = dtype
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        layout: str,
+        modulation: str,
+        seed: int,
+    ) -> None:
+        self.stream, self.dtype = dtypes
         generator = torch.Generator().manual_seed(seed)
         batch, rows, width = sizes
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        self.x = lay_out((draw(*sizes) * 10 ** draw(batch, rows, 1) + draw(batch, rows, 1)).to(dtype), layout)
-        self.branch = lay_out(draw(*sizes).to(dtype), layout)
-        self.gate, self.shift, self.scale = (lay_out(draw(batch, width).to(dtype), modulation) for _ in range(3))
-        self.grad, self.grad_residual = (lay_out(draw(*sizes).to(dtype), layout) for _ in range(2))
+        self.x = lay_out((draw(*sizes) * 10 ** draw(batch, rows, 1) + draw(batch, rows, 1)).to(self.stream), layout)
+        self.branch = lay_out(draw(*sizes).to(self.dtype), layout)
+        self.gate, self.shift, self.scale = (lay_out(draw(batch, width).to(self.dtype), modulation) for _ in range(3))
+        self.grad, self.grad_residual = (lay_out(draw(*sizes).to(dtype), layout) for dtype in (self.dtype, self.stream))
 
 
 cases = st.builds(
@@ -109,7 +117,7 @@ def check_forward(got: Tensor, x: Tensor, shift: Tensor, scale: Tensor, offset: 
     product = normalized.rows * factor
     # The factor is rounded itself, and scale may nearly cancel the offset.
     bound = normalized.error * factor.abs() + 2 * EPS32 * (product.abs() + normalized.rows.abs() * abs(offset) + shift.abs())
-    check(got, product + shift, bound, x.dtype)
+    check(got, product + shift, bound, scale.dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -126,7 +134,7 @@ def test_forward_after_a_residual(case: Case, gated: bool, offset: float) -> Non
     arguments = (case.x, case.branch, gate, case.shift, case.scale, offset, 1e-5)
     residual, out = library("native").gated_residual_layer_norm_modulate(*arguments)
     added = case.branch.double() * (case.gate.double().unsqueeze(1) if gated else 1)
-    check(residual, case.x.double() + added, EPS32 * (case.x.double().abs() + 2 * added.abs()), case.dtype)
+    check(residual, case.x.double() + added, EPS32 * (case.x.double().abs() + 2 * added.abs()), case.stream)
     check_forward(out, residual, case.shift, case.scale, offset, 1e-5)
 
 
@@ -157,7 +165,7 @@ def test_backward(case: Case) -> None:
         assert dx.shape == case.x.shape and not dshift.any() and not dscale.any()
         return
     wanted = Derivatives(case.grad, case.x, case.scale, 1, 1e-5)
-    check(dx, wanted.dx, wanted.dx_bound, case.dtype)
+    check(dx, wanted.dx, wanted.dx_bound, case.stream)
     check(dshift, wanted.dshift, wanted.dshift_bound, case.dtype)
     check(dscale, wanted.dscale, wanted.dscale_bound, case.dtype)
 
@@ -176,7 +184,7 @@ def test_backward_after_a_residual(case: Case, gated: bool, offset: float) -> No
     wanted = Derivatives(case.grad, case.x, case.scale, offset, 1e-5)
     total = wanted.dx + case.grad_residual.double()
     bound = wanted.dx_bound + 2 * EPS32 * (case.grad_residual.double().abs() + wanted.dx.abs())
-    check(dx, total, bound, case.dtype)
+    check(dx, total, bound, case.stream)
     check(dshift, wanted.dshift, wanted.dshift_bound, case.dtype)
     check(dscale, wanted.dscale, wanted.dscale_bound, case.dtype)
     if gated:
@@ -187,9 +195,9 @@ def test_backward_after_a_residual(case: Case, gated: bool, offset: float) -> No
         check(dgate, (total * branch).sum(1), dgate_bound, case.dtype)
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1000), (torch.bfloat16, 2000)])
-def test_results_too_large_for_the_cache(dtype: torch.dtype, rows: int) -> None:
-    case, native = Case((1, rows, 1152), dtype, "contiguous", "chunk", 0), library("native")
+@pytest.mark.parametrize(("dtypes", "rows"), list(zip(DTYPES, (1000, 2000, 1300), strict=True)))
+def test_results_too_large_for_the_cache(dtypes: tuple[torch.dtype, torch.dtype], rows: int) -> None:
+    case, native = Case((1, rows, 1152), dtypes, "contiguous", "chunk", 0), library("native")
     modulation = (case.gate, case.shift, case.scale, 1.0, 1e-6)
     residual, out = native.gated_residual_layer_norm_modulate(case.x, case.branch, *modulation)
     arguments = (case.gate, case.scale, 1.0, 1e-6)
@@ -220,17 +228,19 @@ def test_rounding_to_bfloat16() -> None:
     assert torch.equal(residual, x + branch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("width", [5, 72])
-def test_nan_and_infinity_go_where_the_reference_sends_them(dtype: torch.dtype, bad: float, width: int) -> None:
+def test_nan_and_infinity_go_where_the_reference_sends_them(
+    dtypes: tuple[torch.dtype, torch.dtype], bad: float, width: int
+) -> None:
     def grads(function: Callable[..., Any], inputs: list[Tensor], to: list[Tensor]) -> tuple[Any, ...]:
         leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
         results = function(*leaves)
         results = results if isinstance(results, tuple) else (results,)
         return (*results, *torch.autograd.grad(results, leaves, to[: len(results)]))
 
-    clean = Case((2, 3, width), dtype, "contiguous", "contiguous", 1)
+    clean = Case((2, 3, width), dtypes, "contiguous", "contiguous", 1)
     names = ("x", "branch", "gate", "shift", "scale", "grad_residual", "grad")
     for name in names:
         for place in (0, width // 2, width - 1):
@@ -255,16 +265,16 @@ def test_nan_and_infinity_go_where_the_reference_sends_them(dtype: torch.dtype, 
                     assert torch.equal(mine.isposinf(), theirs.isposinf()), (name, place, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_those_of_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_gradients_are_those_of_the_reference(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     def grads(function: Callable[..., Any], tensors: list[Tensor], read: Callable[[Any], Tensor]) -> list[Tensor]:
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         read(function(*leaves)).backward()
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    case = Case((2, 7, 24), dtype, "contiguous", "contiguous", 3)
+    (stream, dtype), case = dtypes, Case((2, 7, 24), dtypes, "contiguous", "contiguous", 3)
     weights = torch.randn(2, 7, 24)
-    x, branch = torch.randn(2, 7, 24).to(dtype), case.branch
+    x, branch = torch.randn(2, 7, 24).to(stream), case.branch
     affine = [x, branch, case.scale[0], case.shift[0]]
 
     def residual_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +299,7 @@ def test_gradients_are_those_of_the_reference(dtype: torch.dtype) -> None:
             got = grads(function, tensors, read)
         with use_backend("reference"):
             wanted = grads(function, [tensor.double() for tensor in tensors], read)
-        assert len(got) == len(wanted)
+        assert [grad.dtype for grad in got] == [tensor.dtype for tensor in tensors]
         for mine, theirs in zip(got, wanted, strict=True):
             # bfloat16: the residual and the results in between are rounded, and differences of them are taken.
             size = theirs.abs().max().item()
@@ -299,7 +309,7 @@ def test_gradients_are_those_of_the_reference(dtype: torch.dtype) -> None:
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
-    case = Case((2, 300, 160), torch.float32, "contiguous", "chunk", 0)
+    case = Case((2, 300, 160), (F32, F32), "contiguous", "chunk", 0)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -314,8 +324,9 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_opcheck() -> None:
-    case = Case((2, 3, 40), torch.bfloat16, "strided", "chunk", 0)
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+def test_opcheck(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    case = Case((2, 3, 40), dtypes, "strided", "chunk", 0)
     native = library("native")
     x, branch, gate, shift, scale = (
         tensor.requires_grad_() for tensor in (case.x, case.branch, case.gate, case.shift, case.scale)
@@ -339,6 +350,8 @@ def test_tensors_that_do_not_belong_together_are_errors() -> None:
         ((x, row.bfloat16(), row), "shift must be Float, got BFloat16"),
         ((x, row, row[:1]), "scale has the wrong shape"),
         ((x, row, torch.zeros(2, 9)), "scale has the wrong shape"),
+        ((x, row.half(), row.half()), "scale must be of x's dtype or bfloat16, got Half"),
+        ((x.bfloat16(), row, row), "scale must be of x's dtype or bfloat16, got Float"),
     ):
         with pytest.raises(RuntimeError, match=what):
             native.layer_norm_modulate(*arguments, 1e-6)

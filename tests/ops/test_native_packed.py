@@ -213,6 +213,14 @@ def test_sizes_of_a_transformer() -> None:
     Layer(INT8, 4608, 96).check(torch.randn(32, 4608))
 
 
+def of_other_kernels(packed: Tensor) -> Tensor:
+    """As many numbers, which say of themselves that other kernels packed them."""
+    packed = packed.clone()
+    layout = packed.view(torch.int32)[-1:]
+    layout.copy_((layout + 1) % 5)
+    return packed
+
+
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     layer, x = Layer(FP32, 8, 5), torch.randn(3, 8)
     quantized = Layer(INT8, 8, 5)
@@ -229,6 +237,9 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         ((x, layer.packed, None, None, 5, FP32, "relu"), "activation must be none, gelu or gelu_tanh, got relu"),
         ((x, layer.packed, None, None, 5, 3, "none"), "kind must be 0"),
         ((torch.tensor(1.0), layer.packed, None, None, 5, FP32, "none"), "x must be"),
+        ((x, torch.zeros_like(layer.packed), None, None, 5, FP32, "none"), "packed is not what pack_linear makes here"),
+        ((x, of_other_kernels(layer.packed), None, None, 5, FP32, "none"), "packed was made for .* ones run here"),
+        ((x, of_other_kernels(quantized.packed), quantized.scales, None, 5, INT8, "none"), "packed was made for"),
     ):
         with pytest.raises(RuntimeError, match=what):
             packed_linear(*arguments)

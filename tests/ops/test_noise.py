@@ -210,6 +210,35 @@ def test_what_triton_does_not_take(triton_device: torch.device) -> None:
         seeded_normal(SEEDS[:0].to(triton_device), torch.tensor(0, device=triton_device), (3,))
 
 
+def test_triton_launches_a_grid_that_a_gpu_takes(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from textok_fast.ops.triton_kernels import noise as kernels
+
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(kernels, "seeded_normal_kernel", Kernel())
+    draw = torch.tensor(0, device=triton_device)
+    for samples, size in ((1, 2**26), (3, 1000), (70_000, 1)):  # memory that nobody writes to costs nothing
+        kernels.seeded_normal(torch.zeros(samples, dtype=torch.int64, device=triton_device), draw, (size,))
+    assert [math.prod(grid) for grid in grids] == [2**17, 3 * 2, 70_000]
+    assert all(number < 2**16 for grid in grids for number in grid[1:])  # CUDA's limit but for the first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_large_samples_on_a_gpu() -> None:
+    seeds, draw, size = torch.tensor([7, 2**63 - 1], device="cuda"), torch.tensor(3, device="cuda"), 2**26 - 3
+    with ops.use_backend(seeded_normal="triton"):
+        found = seeded_normal(seeds, draw, (size,))
+    for row, seed in enumerate(seeds.tolist()):
+        for element in (0, 2**25 - 1, 2**25, 33_553_920, size - 1):
+            assert found[row, element].item() == pytest.approx(by_element(seed, 3, element), abs=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu() -> None:

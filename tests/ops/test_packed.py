@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from textok_fast import ops
+from textok_fast import _native, ops
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch, packed
+from textok_fast.ops.choices import choices
 from textok_fast.ops.packed import PackedWeight, quantize_int8
 
 FORMS = [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.float32), ("int8", torch.bfloat16)]
@@ -122,6 +128,64 @@ def test_bad_arguments_are_named() -> None:
         assert ops.packed_linear(torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True), layer).shape == (2, 3)
 
 
+@pytest.mark.parametrize("precision", KINDS)
+def test_derivatives_are_refused_not_zero(precision: str) -> None:
+    dtype, weight = torch.bfloat16 if precision == "bf16" else torch.float32, torch.randn(3, 4)
+    x, tangent = torch.randn(2, 4).to(dtype), torch.randn(2, 4).to(dtype)
+    for backend in backends(precision):
+        layer = ops.pack_linear(weight, None, precision, backend)  # type: ignore[arg-type]
+
+        def function(x: Tensor, layer: PackedWeight = layer) -> Tensor:
+            return ops.packed_linear(x, layer)
+
+        if backend == "reference":
+            if precision != "int8":
+                _, found = torch.func.jvp(function, (x,), (tangent,))
+                torch.testing.assert_close(found.float(), tangent.float() @ weight.to(dtype).float().T, rtol=2e-2, atol=2e-2)
+            continue
+        with pytest.raises(InputError, match="no rules for torch.func and forward-mode"):
+            torch.func.jvp(function, (x,), (tangent,))
+        with pytest.raises(InputError, match="no rules"), forward_ad.dual_level():
+            function(forward_ad.make_dual(x, tangent))
+        function(x)
+
+
+# -- stored ------------------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import sys, torch
+from textok_fast import ops
+for name in ("fp32", "bf16", "int8"):
+    layer, x = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False)
+    try:
+        ops.packed_linear(x, layer)
+        print(name, "ran")
+    except RuntimeError as error:
+        print(name, error)
+"""
+
+
+@pytest.mark.skipif(_native.load().info.get("kernels") != "avx512", reason="needs more than one layout")
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_a_weight_packed_for_other_kernels_is_refused(tmp_path: Path, isa: str) -> None:
+    mine = {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}
+    for precision in KINDS:
+        x = torch.randn(2, 256).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        layer = ops.pack_linear(torch.randn(192, 256), None, precision, "native")  # type: ignore[arg-type]
+        torch.save((layer, x), tmp_path / f"{precision}.pt")
+        again, _ = torch.load(tmp_path / f"{precision}.pt", weights_only=False)
+        assert torch.equal(ops.packed_linear(x, again), ops.packed_linear(x, layer))
+    products = _native.load().info["products"].split(",")
+    mine |= {name: f"avx512{has}" for name, has in (("bf16", "bf16"), ("int8", "vnni")) if has in products}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "TEXTOK_ISA": isa}, capture_output=True, text=True, timeout=120)
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ", 1)[0] in KINDS)
+    assert lines.keys() == KINDS.keys(), done.stderr
+    for name, line in lines.items():
+        wanted = f"made for {mine[name]} kernels and {isa} ones run here" if mine[name] != isa else "ran"
+        assert wanted in line
+
+
 # -- choice ------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +196,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setitem(dispatch._state, "native", "")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    use_kernels(monkeypatch, "avx512")
     return monkeypatch
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    monkeypatch.setattr(_native, "load", lambda: _native.NativeStatus(True, "loaded", {"kernels": kernels}))
 
 
 def chosen(precision: str, rows: int = 64) -> str:
@@ -148,6 +219,34 @@ def test_the_choice(machine: pytest.MonkeyPatch) -> None:
         assert chosen("fp32") == "reference"
     machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert chosen("fp32", 5000) == "native"
+
+
+def test_the_choice_beside_amx(machine: pytest.MonkeyPatch) -> None:
+    few, many = packed.NATIVE_UP_TO_BESIDE_AMX, packed.NATIVE_UP_TO_BESIDE_AMX + 1
+    assert chosen("bf16", many) == chosen("int8", many) == "native"
+    machine.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert chosen("bf16", many) == chosen("int8", many) == chosen("int8", 5000) == "onednn"
+    assert chosen("bf16", few) == chosen("int8", few) == chosen("fp32", 64) == "native"
+    machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert chosen("int8", 5000) == "native"
+
+
+def test_the_choice_where_onednn_knows_more_instructions(machine: pytest.MonkeyPatch) -> None:
+    for kernels in ("baseline", "another"):
+        use_kernels(machine, kernels)
+        assert chosen("fp32", 1) == chosen("bf16", 1) == chosen("int8", 1) == "onednn"
+    use_kernels(machine, "avx2")
+    assert chosen("fp32", 5000) == "native"
+    assert chosen("bf16", 1) == chosen("int8", 1) == "onednn"
+    machine.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert chosen("int8", 5000) == "native"
+
+
+def test_the_choices_that_are_shown_have_int8(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with ops.use_backend("reference"):
+        assert choices("cpu")["packed_linear"] == dict.fromkeys(("float32", "bfloat16", "int8"), "reference")
+    assert choices("cpu")["packed_linear"] == {"float32": "native", "bfloat16": "onednn", "int8": "onednn"}
 
 
 def test_the_choice_where_there_is_no_native_library(machine: pytest.MonkeyPatch) -> None:

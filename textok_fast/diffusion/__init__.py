@@ -5,7 +5,7 @@ from __future__ import annotations
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion, MeanVariance
 from textok_fast.diffusion.guidance import GuidedModel, classifier_free_guidance, guided, merge_conditions
-from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_seeds, noise_for_seeds, step_generators
+from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_seeds, noise_for_seeds
 from textok_fast.diffusion.process import Objective, Process, build_process
 from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, sampler_program
 from textok_fast.diffusion.samplers import (
@@ -51,5 +51,4 @@ __all__ = [
     "sample_euler",
     "sample_heun",
     "sampler_program",
-    "step_generators",
 ]

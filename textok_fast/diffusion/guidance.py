@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,19 @@ from textok_fast.diffusion.tensors import ModelFn, channel_dim
 from textok_fast.errors import InputError
 
 Condition = TypeVar("Condition")
+
+TIME_TOLERANCE = 1e-9  # of an interval's ends: times on a grid are rounded, 0.3 of ten steps is 0.30000000000000004
+
+
+def interval_bounds(interval: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an inclusive guidance interval as times are compared with them, a little wider.
+
+    Raises: InputError where no time is inside.
+    """
+    low, high = interval
+    if not low <= high:
+        raise InputError(f"a guidance interval is (low, high) with low <= high, got {interval}")
+    return low - TIME_TOLERANCE, high + TIME_TOLERANCE
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float, channels: int | None = None) -> Tensor:
@@ -78,16 +92,17 @@ class GuidedModel:
     ) -> None:
         self._conditional, self._pair = conditional, pair
         self.scale, self.interval, self.channels = scale, interval, channels
+        self._bounds = (-math.inf, math.inf) if interval is None else interval_bounds(interval)
 
     def at_time(self, time: float) -> ModelFn:
         """The function to call for a batch that is at ``time`` (the model's t) as a whole."""
-        inside = self.interval is None or self.interval[0] <= time <= self.interval[1]
+        inside = self._bounds[0] <= time <= self._bounds[1]
         return self._guided if self._pair is not None and inside else self._conditional
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if self._pair is None or self.interval is None:
             return self.at_time(0.0)(x, t)
-        inside = (t >= self.interval[0]) & (t <= self.interval[1])  # (B,)
+        inside = (t >= self._bounds[0]) & (t <= self._bounds[1])  # (B,)
         if not inside.any():
             return self._conditional(x, t)
         conditional, unconditional = self._both(x, t)
@@ -126,9 +141,13 @@ def guided(
             conditional model runs alone; inside, both run as one batch of 2B, the conditional half first.
         channels: guide the first so many channels; None is all channels of x, so not those of a learned variance.
         merge: makes the condition of the batch of 2B, once, here.
+
+    Raises: InputError for a scale that is not finite, and an interval whose low end is above its high one.
     """
-    if interval is not None and not interval[0] <= interval[1]:
-        raise InputError(f"a guidance interval is (low, high) with low <= high, got {interval}")
+    if not math.isfinite(scale):
+        raise InputError(f"a guidance scale must be finite, got {scale}")
+    if interval is not None:
+        interval_bounds(interval)  # before anything is merged
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
         return model(x, t, condition)

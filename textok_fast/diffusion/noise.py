@@ -22,22 +22,13 @@ _MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits; a larger seed woul
 def generators_for_seeds(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator for each seed (0 to 2**32 - 1), as ``torch.Generator().manual_seed(seed)``.
 
-    They are CPU generators on purpose: the same seed then gives the same noise on every device.
+    They are CPU generators on purpose: the same seed then gives the same noise on every device. Engines and pipelines draw by
+    :func:`textok_fast.ops.seeded_normal` instead, whose seeds have 63 bits, and whose draws are numbered.
     """
     for seed in seeds:
         if isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
             raise InputError(f"a seed is an integer from 0 to {_MAX_SEED}, got {seed!r}")
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-
-def step_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each seed for the noise drawn *during* sampling (DDPM, or DDIM with eta > 0).
-
-    Their streams differ from those of :func:`noise_for_seeds`: with the same ones the first step would add the initial
-    noise a second time.
-    """
-    generators_for_seeds(seeds)  # the same check of the seeds
-    return generators_for_seeds([_mix(int(seed)) for seed in seeds])
 
 
 def noise_for_seeds(
@@ -77,12 +68,3 @@ def draw_noise(
         return torch.empty(tuple(shape), device=device, dtype=dtype)
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=draw_dtype) for g in generator]
     return torch.stack(rows).to(device=device, dtype=dtype)  # (B, ...)
-
-
-def _mix(seed: int) -> int:
-    """The SplitMix64 finalizer (Steele et al. 2014), cut to 32 bits: neighbouring seeds become unrelated ones."""
-    mask = 2**64 - 1
-    z = (seed + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) & _MAX_SEED

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion
+from textok_fast.diffusion.guidance import interval_bounds
 from textok_fast.diffusion.schedule import FloatTable
 from textok_fast.errors import InputError
 
@@ -110,13 +112,13 @@ def sampler_program(
         diffusion: the process that the model was trained with.
         guidance_scale: one, or one for each evaluation in the order of use, also as a tensor; 1 is no guidance.
         interval: (low, high), inclusive, in the model's own time (arXiv 2404.07724): evaluations outside get scale 1.
-        steps: how many, or a respacing of a Gaussian ``diffusion``; None takes that as it is. A number n means "solver{n}" to
-            dpmpp_2m and unipc (:func:`respaced_timesteps`). A flow needs a number.
+        steps: how many (an integer of any kind, or its digits), or a respacing of a Gaussian ``diffusion``; None takes that as
+            it is. A number n means "solver{n}" to dpmpp_2m and unipc (:func:`respaced_timesteps`). A flow needs a number.
         eta: of ddim, in [0, 1]: 0 adds no noise.
         t_start, t_end: of a flow, from noise to data.
 
     Returns: :class:`SamplerProgram` on the CPU.
-    Raises: InputError for a sampler that does not suit the process, and impossible options.
+    Raises: InputError for a sampler that does not suit the process, impossible options, and options of another sampler.
     """
     exact = exact_program(diffusion, sampler, guidance_scale, interval, steps=steps, eta=eta, t_start=t_start, t_end=t_end)
     return dataclasses.replace(exact, table=exact.table.float(), mix=None if exact.mix is None else exact.mix.float())
@@ -135,6 +137,11 @@ def exact_program(
 ) -> SamplerProgram:
     """:func:`sampler_program` with ``table`` and ``mix`` in float64."""
     require_sampler(sampler, diffusion)
+    steps = step_count(steps)
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be in [0, 1], got {eta}")
+    if eta != 0 and sampler != "ddim":
+        raise InputError(f"eta is ddim's, sampler {sampler!r} has none; got {eta}")
     mix: list[FloatTable] | None = None
     if isinstance(diffusion, FlowMatching):
         grid = time_grid(sampler, steps, t_start, t_end)
@@ -147,8 +154,8 @@ def exact_program(
         times = torch.tensor(points, dtype=torch.float64)  # (E,)
         count = len(grid) - 1
     else:
-        if not 0 <= eta <= 1:
-            raise InputError(f"eta must be in [0, 1], got {eta}")
+        if (t_start, t_end) != (1, 0):
+            raise InputError(f"t_start and t_end are a flow's, sampler {sampler!r} has none; got {t_start} and {t_end}")
         if isinstance(steps, int) and sampler in ("dpmpp_2m", "unipc"):
             steps = f"solver{steps}"
         spaced = diffusion if steps is None else diffusion.respaced(steps)
@@ -183,8 +190,24 @@ def require_sampler(sampler: str, diffusion: GaussianDiffusion | FlowMatching | 
         )
 
 
+def step_count(steps: int | str | None) -> int | str | None:
+    """``steps`` with a number as an int: from any integer type, such as NumPy's, and from digits. Respacings stay as they are.
+
+    Raises: InputError for what is neither of the two, nor None.
+    """
+    if steps is None or isinstance(steps, str):
+        return int(steps) if steps is not None and steps.strip().isdecimal() else steps
+    try:
+        if isinstance(steps, bool):
+            raise TypeError
+        return operator.index(steps)
+    except TypeError:
+        raise InputError(f"steps must be an integer or a respacing such as 'ddim50', got {steps!r}") from None
+
+
 def time_grid(sampler: str, steps: int | str | None, t_start: float, t_end: float) -> list[float]:
     """The times of a flow's sampler from ``t_start`` to ``t_end``: steps + 1 of them, the sample's own last."""
+    steps = step_count(steps)
     if not isinstance(steps, int):
         raise InputError(f"sampler {sampler!r} takes a number of steps, got {steps!r}")
     if steps < 1:
@@ -210,12 +233,12 @@ def _scales(
         raise InputError(f"guidance_scale must be a number, or one for each evaluation, got shape {tuple(given.shape)}")
     if given.ndim == 1 and len(given) != len(times):
         raise InputError(f"guidance_scale has {len(given)} entries, wanted {len(times)}, one for each evaluation")
+    if not given.isfinite().all():
+        raise InputError(f"guidance_scale must be finite, got {guidance_scale}")
     scales: list[float] = given.expand(len(times)).tolist()
     if interval is None:
         return scales
-    low, high = interval
-    if not low <= high:
-        raise InputError(f"a guidance interval is (low, high) with low <= high, got {interval}")
+    low, high = interval_bounds(interval)
     return [scale if low <= time <= high else 1.0 for scale, time in zip(scales, times, strict=True)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion
 from textok_fast.diffusion.noise import Generators, draw_noise
-from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, exact_program, require_sampler, time_grid
+from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, exact_program, require_sampler, step_count, time_grid
 from textok_fast.diffusion.tensors import ModelFn, channel_dim, require_same_shape, work_dtype
 from textok_fast.errors import InputError
 
@@ -40,10 +40,11 @@ def sample(
     Args:
         model: ``(x (B, ...), t (B,)) -> output``, possibly :func:`guided`; t is the training step, or in [0, 1] for flow.
         noise: standard normal.
-        steps: how many, or a respacing such as "ddim50" of the Gaussian ``diffusion``; None takes ``diffusion`` as it is.
+        steps: how many (an integer of any kind, or its digits), or a respacing such as "ddim50" of the Gaussian ``diffusion``;
+            None takes ``diffusion`` as it is.
         diffusion: the process the model was trained with; needed by the Gaussian samplers.
-        generator: for noise during sampling (ddpm, sde; ddim with eta > 0): one, or one for each sample
-            (:func:`step_generators`), or a :data:`NoiseSource`, which is asked for draw e + 1 at evaluation e.
+        generator: for noise during sampling (ddpm, sde; ddim with eta > 0): one, or one for each sample, other than those of
+            ``noise``, or a :data:`NoiseSource`, which is asked for draw e + 1 at evaluation e.
         options: of the sampler: ``clip_denoised``, ``step_noise`` (all but euler and heun), ``eta`` (ddim), ``t_start``,
             ``t_end`` (flow).
 
@@ -51,6 +52,7 @@ def sample(
         InputError: unknown sampler, one that does not suit the objective, or impossible steps.
     """
     require_sampler(name, diffusion)
+    steps = step_count(steps)
     if SAMPLERS[name] == "flow":
         if not isinstance(steps, int):
             raise InputError(f"sampler {name!r} takes a number of steps, got {steps!r}")
@@ -225,6 +227,7 @@ def sample_euler(
 ) -> Tensor:
     """The probability flow dx/dt = v(x, t) from ``t_start`` (noise) to ``t_end`` (data) in equal Euler steps."""
     grid = time_grid("euler", steps, t_start, t_end)
+    steps = len(grid) - 1
     x = noise.double()  # (B, ...)
     for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
         x = x + (t_next - t) * _velocity(model, x, t, noise)  # (B, ...)
@@ -249,6 +252,7 @@ def sample_heun(
     trained on data without noise. The order stays 2, since one Euler step's error is of second order.
     """
     grid = time_grid("heun", steps, t_start, t_end)
+    steps = len(grid) - 1
     x = noise.double()  # (B, ...)
     for done, (t, t_next) in enumerate(itertools.pairwise(grid), start=1):
         slope = _velocity(model, x, t, noise)  # (B, ...)

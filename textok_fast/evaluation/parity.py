@@ -393,16 +393,15 @@ def _samples(
 def _reference_sample(config: ParityConfig, subject: _Subject) -> Tensor:
     """By the library's own sampler over the eager network: nothing of the engine is in it."""
     model, settings = subject.model, subject.model.config
-    mask = None if subject.text is None else subject.text.mask
-    condition = (subject.labels, mask)
+    text = subject.text
+    condition = (subject.labels, text)
     null = (
         None if subject.labels is None else torch.full_like(subject.labels, settings.num_classes),
-        None if mask is None else torch.zeros_like(mask),
+        None if text is None else TextFeatures(text.features, torch.zeros_like(text.mask)),
     )
 
-    def network(x: Tensor, t: Tensor, given: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        text = None if subject.text is None or given[1] is None else TextFeatures(subject.text.features, given[1])
-        return model(x, t, given[0], text)
+    def network(x: Tensor, t: Tensor, given: tuple[Tensor | None, TextFeatures | None]) -> Tensor:
+        return model(x, t, given[0], None if given[1] is None else TextFeatures(*given[1]))
 
     with use_backend("reference"):
         pair = guided(network, condition, null, config.guidance_scale)

@@ -3,6 +3,7 @@
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.generator import GeneratorEngine, SamplingRun
 from textok_fast.inference.memory import MemoryEstimate
+from textok_fast.inference.packages import load_package, save_package
 from textok_fast.inference.pipelines import (
     ClassToImagePipeline,
     GenerationOutput,
@@ -12,10 +13,13 @@ from textok_fast.inference.pipelines import (
     load_pipeline,
 )
 from textok_fast.inference.plan import Plan, StepCache
+from textok_fast.inference.stream import Decoded, Encoded, decode_stream, encode_stream
 from textok_fast.inference.tokenizer import TokenizerEngine
 
 __all__ = [
     "ClassToImagePipeline",
+    "Decoded",
+    "Encoded",
     "Engine",
     "GenerationOutput",
     "GenerationPipeline",
@@ -27,5 +31,9 @@ __all__ = [
     "StepCache",
     "TextToImagePipeline",
     "TokenizerEngine",
+    "decode_stream",
+    "encode_stream",
+    "load_package",
     "load_pipeline",
+    "save_package",
 ]

@@ -10,7 +10,8 @@ import gc
 import os
 import shutil
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # torch's own "max-autotune" also captures CUDA graphs; here that is the plan's `capture`, and one must not hold the other.
 MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-SHAPES = 64  # compiled forms of one function; torch runs what comes after them uncompiled
+SHAPES = 64  # compiled forms of one function; what comes after them runs uncompiled
 WARM_UPS = 2  # the first compiles, tunes and loads kernels lazily; the second runs what the first chose
 
 
@@ -49,15 +50,13 @@ def why_not_captured(device: str | torch.device) -> str:
 def compiled(function: F, plan: Plan) -> F:
     """``function`` under torch.compile in the mode ``plan.compile``; itself for "none".
 
-    Each shape of the arguments is compiled on its first call and kept, up to 64 of them. ``function`` must be one graph: what
-    breaks it is an error of the first call, not a slow run.
+    Each shape of the arguments is compiled on its first call and kept, up to 64 of them; further ones run uncompiled.
+    ``function`` must be one graph: what breaks it is an error of the first call, not a slow run.
 
-    Raises: InputError for an unknown mode, and where no compiler is installed.
+    Raises: InputError where no compiler is installed.
     """
     if plan.compile == "none":
         return function
-    if plan.compile not in MODES:
-        raise InputError(f"plan.compile must be one of none, {', '.join(MODES)}; got {plan.compile!r}")
     if reason := why_not_compiled(plan.device):
         raise InputError(f"plan.compile={plan.compile!r}: {reason}; install one, or use compile='none'")
 
@@ -68,7 +67,28 @@ def compiled(function: F, plan: Plan) -> F:
     own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, SHAPES)
-    return torch.compile(own, mode=MODES[plan.compile], dynamic=False, fullgraph=True)  # type: ignore[return-value]
+    compiled_own = torch.compile(own, mode=MODES[plan.compile], dynamic=False, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled_own(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # fullgraph makes an error of it
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """No gradients, and none of the caller's modes: what is made in inference mode cannot be written outside of it, and
+    autocast's casts are not those of a plan."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))  # which turns gradients on
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 class _Pool:
@@ -95,7 +115,7 @@ class Captured:
       advance them as the plan's seeds demand (:func:`textok_fast.ops.seeded_normal` reads its seed from a tensor).
 
     Graphs that are replayed on one stream share one memory pool. That is safe in any order, because nothing in it outlives a
-    replay; replay each on the stream of its first call.
+    replay; so each is replayed on the stream of its first call only.
 
     Args:
         function: what to run. It, and so the tensors it reads, live as long as this object.
@@ -103,17 +123,28 @@ class Captured:
             graph is replayed for the first time.
         enabled: False calls ``function`` each time, on any device.
         name: what the errors call it.
+        warm_up: what runs before the capture, :data:`WARM_UPS` times, so that all that a first call does is done: everything
+            that ``function`` runs, once each. None is ``function`` itself.
 
-    Raises (in the first call): InputError naming what cannot be captured. ``state`` is then as it was.
+    Raises (in the first call): InputError naming what cannot be captured, and ``state`` is then as it was; (in a later one)
+    InputError on another stream.
     """
 
-    def __init__(self, function: Callable[[], None], state: Sequence[Tensor], enabled: bool, name: str = "the step") -> None:
-        self._function = function
+    def __init__(
+        self,
+        function: Callable[[], None],
+        state: Sequence[Tensor],
+        enabled: bool,
+        name: str = "the step",
+        warm_up: Callable[[], None] | None = None,
+    ) -> None:
+        self._function, self._warm_up_function = function, warm_up or function
         self._state = list(state)
         self._enabled = enabled
         self._name = name
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool: _Pool | None = None
+        self._stream = 0  # of the first call
         if not enabled:
             return
         devices = {tensor.device for tensor in self._state}
@@ -130,8 +161,14 @@ class Captured:
         if not self._enabled:
             self._function()
             return
+        stream = torch.cuda.current_stream(self._state[0].device).cuda_stream
         if self._graph is None:
             self._capture()
+            self._stream = stream
+        elif stream != self._stream:
+            raise InputError(
+                f"{self._name} is a CUDA graph of another stream, with which it shares memory: run it in that of its first call"
+            )
         assert self._graph is not None
         self._graph.replay()
 
@@ -146,7 +183,7 @@ class Captured:
             saved = [tensor.clone() for tensor in self._state]
             try:
                 self._warm_up(pool, saved, current)
-                self._graph, self._pool = self._record(pool, current), pool
+                self._graph, self._pool = self._record(pool, key, current), pool
             finally:
                 self._restore(saved)
 
@@ -157,18 +194,22 @@ class Captured:
         try:
             with torch.cuda.stream(pool.stream):
                 for _ in range(WARM_UPS):
-                    self._function()
+                    self._warm_up_function()
                     self._restore(saved)
         finally:
             current.wait_stream(pool.stream)
         if not torch.equal(generator, torch.cuda.get_rng_state()):
             raise self._refusal("it draws random numbers from torch's generator, which seeds do not determine in a replay")
 
-    def _record(self, pool: _Pool, current: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _record(self, pool: _Pool, key: tuple[int, int], current: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         failure: Exception | None = None
         collecting = gc.isenabled()
         gc.disable()  # a collection may free another graph or an event, which a capture forbids
+        # cuBLAS keeps a workspace for each stream, and its address goes into the graph. It must lie in the graphs' pool: one
+        # from before the capture is freed with the first graph of the stream that goes, or when somebody else captures, under
+        # all others (pytorch#193402). And nobody outside may go on using the one in the pool.
+        torch._C._cuda_clearCublasWorkspaces()
         try:
             # thread_local: other threads, which load pictures into pinned memory, go on meanwhile.
             with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
@@ -180,11 +221,18 @@ class Captured:
         except Exception as error:
             # Ending a broken capture raises an error of its own, before torch.cuda.graph has set the stream back.
             torch.cuda.set_stream(current)
+            # And before the allocator has been told that the capture is over: it would ask this graph, which goes, about every
+            # allocation, and refuse the pool to others. It is given up: those who have it keep it.
+            with suppress(RuntimeError):  # where it was told
+                torch._C._cuda_endAllocateToPool(key[0], pool.handle)
+                torch._C._cuda_releasePool(key[0], pool.handle)
+            _pools.pop(key, None)
             cause = failure or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise self._refusal(" ".join(str(cause).split()) or type(cause).__name__) from cause
         finally:
+            torch._C._cuda_clearCublasWorkspaces()
             if collecting:
                 gc.enable()
         return graph

@@ -3,6 +3,8 @@ and run again: what is complete is kept."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -40,6 +42,8 @@ from textok_fast.inference.tokenizer import TokenizerEngine
 from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
 from textok_fast.modeling.tokenizer import TexTok
 
+PLAN_NAME = "plan.json"
+
 Progress = Callable[[int, int], None]
 
 
@@ -50,27 +54,37 @@ def encode_folder(
     format: Literal["safetensors", "webdataset"] = "safetensors",
     batch_size: int = 32,
     shard_size: int = 1024,
-    device: str = "cpu",
+    plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Writes the tokens of all captioned pictures in ``images`` to ``out``.
+    """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json.
 
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
     them, or a directory that holds .tar files and no pictures.
 
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
     picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ.
+
+    ``plan``: what the tokenizer runs by; None is float32 on the CPU. Tokens of another precision are other tokens: raises
+    InputError when ``out`` holds such, or those of another tokenizer or of other pictures.
     """
     _require_at_least_one(batch_size=batch_size, shard_size=shard_size)
-    tokenizer = TexTok.from_pretrained(model, device=device)
+    plan = Plan() if plan is None else plan
+    tokenizer = TexTok.from_pretrained(model, device=plan.device)
     is_shards = _are_shards(images)
     if not is_shards and not Path(images).is_dir():
         raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
     config = DataConfig(source="webdataset" if is_shards else "folder", path=images, image_size=tokenizer.config.image_size)
     dataset = load_dataset(config, "all")
     # The data are known by their content, however their folder is spelled today.
-    identity = token_identity(tokenizer, {**to_dict(config), "path": ""})
-    encode = encode_function(_engine(tokenizer).model)
+    identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
+    run = encode_function(cast(TexTok, TokenizerEngine(tokenizer, plan)))
+    keep_plan = functools.cache(lambda: plan.save(out / PLAN_NAME))  # once `out` is known to be ours
+
+    def encode(pictures: Tensor, captions: list[str]) -> dict[str, Tensor]:
+        keep_plan()
+        return run(pictures, captions)
+
     if format == "safetensors":
         with _read_ahead(dataset, batch_size) as pictures:
             reused = write_token_shards(
@@ -106,18 +120,20 @@ def decode_folder(
     out: Path,
     batch_size: int = 32,
     with_captions: bool = True,
-    device: str = "cpu",
+    plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Decodes what :func:`encode_folder` wrote, in either format, into ``out``/<key>.png; pictures that are there are kept.
 
-    ``out``/decoded.json records what they were decoded from. Raises InputError when ``tokens`` is not complete, was made by
+    ``out``/decoded.json records what they were decoded from, ``out``/plan.json the plan they were decoded by (None: float32 on
+    the CPU). Raises InputError when ``tokens`` is not complete, was made by
     another tokenizer, or ``out`` holds pictures of these names that were decoded from something else.
     """
     _require_at_least_one(batch_size=batch_size)
     if not tokens.is_dir():
         raise InputError(f"no directory {tokens}; wanted one that `textok-fast encode` wrote")
-    tokenizer = TexTok.from_pretrained(model, device=device)
+    plan = Plan() if plan is None else plan
+    tokenizer = TexTok.from_pretrained(model, device=plan.device)
     index = read_index(tokens)
     wanted = token_identity(tokenizer, {})["tokenizer"]
     if index.get("tokenizer") != wanted:
@@ -129,8 +145,11 @@ def decode_folder(
         )
     digest = hashlib.sha256(json.dumps([keys, captions]).encode() + values.numpy().tobytes()).hexdigest()[:32]
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
-    _claim_pictures(out, {"tokenizer": wanted, "tokens": digest, "captions": with_captions}, new=len(missing) == len(keys))
-    engine = _engine(tokenizer)
+    made_of = {"tokenizer": wanted, "tokens": digest, "captions": with_captions, **_unless_fp32(plan)}
+    _claim_pictures(out, made_of, new=len(missing) == len(keys))
+    engine = TokenizerEngine(tokenizer, plan)
+    if missing:
+        plan.save(out / PLAN_NAME)
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         given = [captions[i] for i in rows] if with_captions else None
@@ -154,18 +173,21 @@ def sample_to_folder(
     sampler: str = "",
     guidance: float = 1.0,
     interval: tuple[float, float] | None = None,
-    device: str = "cpu",
+    plan: Plan | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Generates ``count`` pictures for each prompt or label: ``out``/00000.png, ..., tokens.safetensors and samples.json.
+    """Generates ``count`` pictures for each prompt or label: ``out``/00000.png, ..., tokens.safetensors, samples.json and
+    plan.json.
 
     A generator by class takes ``labels`` (a class's name before its index), and ``prompts`` only as the captions that the
     decoder reads, one a label. After each batch everything is on the disk: the same call again goes on behind the last picture
-    that is listed in samples.json. Raises InputError when ``out`` holds samples made otherwise.
+    that is listed in samples.json. ``plan``: what both models run by; None is float32 on the CPU. Raises InputError when
+    ``out`` holds samples made otherwise, also in another precision or with another step cache.
     """
     _require_at_least_one(count=count, steps=steps, batch_size=batch_size)
-    pipeline = load_pipeline(model, device)
+    plan = Plan() if plan is None else plan
+    pipeline = load_pipeline(model, plan.device, plan)
     by_class = isinstance(pipeline, ClassToImagePipeline)
     if by_class and not labels:
         raise InputError(f"{model} generates by class: give --label" + (", not --prompt" if prompts else ""))
@@ -188,6 +210,8 @@ def sample_to_folder(
         "guidance": guidance,
         "guidance_interval": None if interval is None else list(interval),
         "seed": seed,
+        "precision": plan.precision,
+        "step_cache": None if plan.step_cache is None else dataclasses.asdict(plan.step_cache),
         "for": wanted,
         "captions": captions,
     }
@@ -213,6 +237,7 @@ def sample_to_folder(
         )
         if not listed:
             write_listing()  # from here on the directory is ours
+        plan.save(out / PLAN_NAME)
         for i, picture in enumerate(made.images.cpu().numpy()):
             name = f"{rows[i]:05d}.png"
             save_png(picture, out / name)
@@ -231,9 +256,9 @@ def sample_to_folder(
     }
 
 
-def _engine(tokenizer: TexTok) -> TokenizerEngine:
-    """In float32: what is written must not depend on what the processor computes fastest in."""
-    return TokenizerEngine(tokenizer, Plan(precision="fp32", device=str(tokenizer.device)))
+def _unless_fp32(plan: Plan) -> dict[str, Any]:
+    """What a plan adds to the description of its results; nothing else in it changes a tokenizer's by more than rounding."""
+    return {} if plan.precision == "fp32" else {"precision": plan.precision}
 
 
 class _ReadAhead:
@@ -284,6 +309,7 @@ def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[st
         listed = list(found["samples"])
         if not listed:
             return [], []
+        found = {"precision": "fp32", **found}  # listings of earlier versions do not say so
         changed = [name for name, value in settings.items() if found.get(name) != value]
         tokens = load_file(out / "tokens.safetensors")["tokens"]
         count = next((i for i, item in enumerate(listed) if not (out / item["image"]).exists()), len(listed))

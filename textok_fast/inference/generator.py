@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from textok_fast import ops
 from textok_fast.diffusion import Process, SamplerProgram, sampler_program
 from textok_fast.errors import InputError
-from textok_fast.inference.execution import Captured, compiled
-from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits
+from textok_fast.inference.execution import Captured, compiled, own_modes
+from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
 from textok_fast.inference.modulation import Layout, StackedModulation, layout, unique_labels
 from textok_fast.inference.plan import Plan, StepCache
-from textok_fast.inference.precision import prepare, weight_bytes
+from textok_fast.inference.precision import STREAM, prepare, weight_bytes
 from textok_fast.modeling.dit import DiT
-from textok_fast.modeling.layers import CrossAttention, TextTokens
+from textok_fast.modeling.layers import CrossAttention, TextTokens, is_untouched
 from textok_fast.modeling.text_encoders import TextFeatures
 
 Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
 
 KEPT_LOOPS = 4  # buffers and graphs of so many shapes are kept for the next run of the same shape
 # Tensors (B, N, D) alive at the worst moment of a block, in its MLP, beside the hidden layer before and after GELU: the
-# residual stream and its LayerNorm as they entered the block and as they enter the MLP, the branch before it, its output, one
-# to spare.
-_LIVE_WIDTHS = 7
+# residual stream as it entered the block and as it enters the MLP; of activations, the LayerNorm of both, the branch before the
+# MLP, its output, one to spare.
+_LIVE_STREAMS, _LIVE_WIDTHS = 2, 5
 _WORKSPACE = 64 * 2**20  # what cuBLAS keeps
 
 
@@ -52,14 +52,25 @@ class GeneratorEngine:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if plan.step_cache is not None:
             plan.step_cache.blocks(model.config.depth)  # refuses blocks that are not there
+        if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+            raise InputError(
+                "the DiT itself has a hook or a replaced forward, which an engine would pass by: it calls the parts. Remove it"
+            )
+        estimate = weights_estimate(model, plan.precision, self.device, plan.products != "reference", plan.memory_limit)
+        other = "another precision" if plan.precision == "fp32" else "another device"
+        require_fits(estimate, f"the model in {plan.precision}", f"use {other}")
         with self._context():  # packed products are of the backend that is forced while they are packed
             self.model = prepare(model, plan.precision, device=self.device, products=plan.products)
             self.modulation = StackedModulation(self.model, plan.products)
+            # An error in what all blocks are modulated by is in every block the same: time and class are embedded in float32.
+            for name in ("t_embedder", "y_embedder"):
+                if (part := getattr(model, name)) is not None:
+                    setattr(self.model, name, prepare(part, "fp32", device=self.device, products="reference"))
         self.dtype: torch.dtype = self.model.pos_embed.dtype  # of activations
         self._text_keys = TextKeys.take(self.model)
         keys = 0 if self._text_keys is None else weight_bytes(self._text_keys)
         self.weight_bytes = weight_bytes(self.model) + self.modulation.bytes + keys
-        network = _Network(self.model, self.modulation, plan.step_cache)
+        network = Network(self.model, self.modulation, plan.step_cache)
         self._whole = compiled(network.whole, plan)
         self._first = compiled(network.first, plan)
         self._short = compiled(network.short, plan)
@@ -151,7 +162,7 @@ class GeneratorEngine:
         if batch < 1 or steps < 1:
             raise InputError(f"a run has at least one sample and one step, got batch {batch} and {steps} steps")
         rows = batch + guidance if self.config.num_classes else 1
-        return self._estimate(self._shape(batch, steps, 1, guidance, rows, text_tokens, False))
+        return self._estimate(self._shape(batch, steps, 1, guidance, rows, text_tokens, False), spare=False)
 
     def _shape(
         self, batch: int, evaluations: int, slots: int, pair: bool, rows: int, text_tokens: int, draws: bool, **others: Any
@@ -160,23 +171,43 @@ class GeneratorEngine:
         plan = layout(self.plan, self.modulation.columns, self.config.width, element, evaluations, both, rows)
         return _Shape(batch, evaluations, slots, pair, plan, text_tokens if self.config.text_dim else 0, draws, **others)
 
-    def _estimate(self, shape: _Shape) -> MemoryEstimate:
+    def _estimate(self, shape: _Shape, spare: bool) -> MemoryEstimate:
+        """For a new run. ``spare``: leave the buffers alone that are only kept for later runs; else they may give way."""
         config, element = self.config, self.dtype.itemsize
         batch = 2 * shape.batch if shape.pair else shape.batch
         tokens = batch * (config.sequence_length + config.num_image_tokens)
         rows = shape.layout.rows * shape.layout.chunk + batch
         sample = shape.batch * config.sequence_length * config.in_channels * config.patch_size**2
-        widths = _LIVE_WIDTHS + 2 * max(config.mlp_ratio, 1.5)
-        text = batch * shape.text_tokens * config.width * (2 * config.depth if self._text_keys else 1) * element
-        cache = tokens * config.width * element if self.plan.step_cache is not None else 0
+        emulated = self.plan.precision == "fp8" and self.device.type == "cpu"  # in float32
+        active = 4 if emulated else element
+        row = (_LIVE_WIDTHS + 2 * max(config.mlp_ratio, 1.5)) * active + _LIVE_STREAMS * STREAM.itemsize
+        captions = batch * shape.text_tokens
+        text = captions * config.width * (2 * config.depth if self._text_keys else 1) * element
+        if self._text_keys and not self._text_keys.layers:
+            text *= 2  # a package's program gives them, and then they are copied
+        # While they are made, which is not while the network runs: features, as float32 and twice as activations, tokens and
+        # one layer's keys and values; of an emulated product its input, and its result without and with bias, in float32 too.
+        loading = captions * (config.text_dim * (4 + 2 * element) + config.width * (3 * element + 21 * emulated))
+        cache = tokens * config.width * STREAM.itemsize if self.plan.step_cache is not None else 0
         weights = self.weight_bytes
         return MemoryEstimate(
             weights=weights,
             modulation=rows * self.modulation.columns * element,
-            activations=int(tokens * config.width * widths * element) + _WORKSPACE * (self.device.type == "cuda"),
+            activations=max(int(tokens * config.width * row), loading) + _WORKSPACE * (self.device.type == "cuda"),
             state=4 * sample * (shape.slots + 8) + text + cache + 200 * shape.evaluations,
-            available=available_memory(self.device, weights, self.plan.memory_limit),
+            available=self._available(spare),
         )
+
+    def _available(self, spare: bool) -> int:
+        idle = 0 if spare else sum(loop.bytes for loop in self._loops.values() if loop.idle)
+        limit = self.plan.memory_limit
+        if limit is not None:  # which what other runs hold counts against
+            limit -= sum(loop.bytes for loop in self._live) - idle
+        return available_memory(self.device, self.weight_bytes + idle, limit)
+
+    def _ready(self, shape: _Shape) -> bool:
+        """Whether buffers of this shape lie there, and no run is using them."""
+        return shape in self._loops and self._loops[shape].idle
 
     def _parts(self, given: _Conditions, program: SamplerProgram) -> int:
         """How many samples run at once: all, or with ``plan.split`` as many as fit."""
@@ -185,13 +216,15 @@ class GeneratorEngine:
             size = -(-total // count)
             if count > 1 and size == -(-total // (count - 1)):
                 continue
-            shape = given.part(slice(0, size)).shape(self, program)
-            if shape in self._loops:  # it lies there
+            pieces = [given.part(slice(start, start + size)) for start in range(0, total, size)]
+            shapes = {shape for piece in pieces if not self._ready(shape := piece.shape(self, program))}
+            if not shapes:
                 return size
-            estimate = self._estimate(shape)
-            if not estimate.fits and self._loops:
-                self._loops.clear()
-                estimate = self._estimate(shape)
+            estimate = max((self._estimate(shape, spare=False) for shape in shapes), key=lambda each: each.total)
+            if not estimate.fits and not self.plan.split:
+                for shape in [shape for shape, loop in self._loops.items() if loop.idle]:
+                    self._drop(shape)  # graphs have memory of their own, which is free only when they are gone
+                estimate = max((self._estimate(shape, spare=False) for shape in shapes), key=lambda each: each.total)
             if estimate.fits:
                 return size
             if not self.plan.split or size == 1:
@@ -207,14 +240,32 @@ class GeneratorEngine:
     def _text_tokens(self, text: TextFeatures | None, batch: int) -> TextTokens | None:
         if self.model.text_embedder is None:
             return None
-        given = None if text is None else TextFeatures(text[0].to(self.device), text[1].to(self.device))
-        tokens: TextTokens = self.model.text_embedder(given, batch)
+        tokens = self._embedded(text, batch)
         return tokens if self._text_keys is None else TextTokens(self._text_keys(tokens.tokens), tokens.mask)
+
+    def _embedded(self, text: TextFeatures | None, batch: int) -> TextTokens:
+        given = None if text is None else TextFeatures(text[0].to(self.device), text[1].to(self.device))
+        tokens: TextTokens = self.model.text_embedder(given, batch)  # type: ignore[misc]
+        return tokens
+
+    def _text_in_place(self, target: TextTokens | None, text: TextFeatures | None, batch: int) -> TextTokens | None:
+        """:meth:`_text_tokens` at the addresses of ``target``, or for the first time at new ones."""
+        keys = self._text_keys
+        if keys is None or not keys.layers:  # none: the keys of a package are one program's
+            given = self._text_tokens(text, batch)
+            return None if given is None else _in_place(target, given)
+        tokens, mask = self._embedded(text, batch)
+        if target is None:  # the keys are the largest buffer: never held twice
+            new = tokens.new_empty(len(keys.layers), *tokens.shape[:2], 2 * tokens.shape[2])  # (depth, B, N_t, 2 D)
+            target = TextTokens(new, torch.empty_like(mask))
+        keys(tokens, out=target.tokens)
+        target.mask.copy_(mask)
+        return target
 
     @contextmanager
     def _context(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(own_modes(self.device))
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
             if self.plan.ops:
@@ -225,33 +276,51 @@ class GeneratorEngine:
     def _loop(self, shape: _Shape) -> _Loop:
         """Buffers and graphs for a run: those of an earlier one of the same shape, unless that is still under way."""
         loop = self._loops.pop(shape, None)
-        if loop is not None:
-            owner = loop.owner()
-            if owner is None or owner.finished:
-                if owner is not None:
-                    owner.keep_result()
-                self._loops[shape] = loop  # again as the latest
-                return loop
-        loop = self._loops[shape] = _Loop(self, shape)
+        if loop is not None and loop.idle:
+            loop.leave()
+            self._loops[shape] = loop  # again as the latest
+            return loop
+        estimate = self._estimate(shape, spare=True)
+        for old in [old for old, kept in self._loops.items() if kept.idle]:  # the oldest first
+            if estimate.fits:
+                break
+            self._drop(old)
+            estimate = self._estimate(shape, spare=True)
+        loop = self._loops[shape] = _Loop(self, shape, estimate.modulation + estimate.state)
+        self._live.add(loop)
         while len(self._loops) > KEPT_LOOPS:
-            self._loops.popitem(last=False)
+            self._drop(next(iter(self._loops)))
         return loop
 
+    def _drop(self, shape: _Shape) -> None:
+        """Keeps no longer buffers and graphs of this shape; a run that is under way still has them."""
+        self._loops.pop(shape).leave()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory of graphs that are gone is nobody else's before
 
-class _Network:
-    """The functions that are compiled: a DiT with its modulation given as rows (B, L)."""
+    @cached_property
+    def _live(self) -> weakref.WeakSet[_Loop]:
+        """The loops that are kept, and those of runs that are under way."""
+        return weakref.WeakSet()
 
-    def __init__(self, model: DiT, modulation: StackedModulation, cache: StepCache | None) -> None:
+
+class Network(nn.Module):
+    """The functions that are compiled: a DiT with its modulation given as rows (B, L), and its residual stream in float32."""
+
+    def __init__(self, model: DiT, modulation: StackedModulation, cache: StepCache | None = None) -> None:
+        super().__init__()
         self._model, self._split = model, modulation.split
         self._left_out = (0, 0) if cache is None else cache.blocks(model.config.depth)
 
     def whole(self, x: Tensor, rows: Tensor, text: TextTokens | None, image: Tensor | None) -> Tensor:
-        return self._model.step(x, self._split(rows), text, image)
+        """x (B, N, C) or (B, C, S, S) -> the output, as :meth:`DiT.step`."""
+        _, hidden = self._model.run_blocks(self._embed(x, image), self._split(rows), text)
+        return self._model.project(hidden)
 
     def first(self, x: Tensor, rows: Tensor, text: TextTokens | None, image: Tensor | None) -> tuple[Tensor, Tensor]:
         """Also what the blocks that a step cache leaves out added to the residual stream, (B, N, D)."""
         model, modulations, (start, stop) = self._model, self._split(rows), self._left_out
-        before, _ = model.run_blocks(model.embed(x, image), modulations, text, 0, start)  # (B, N, D)
+        before, _ = model.run_blocks(self._embed(x, image), modulations, text, 0, start)  # (B, N, D)
         after, _ = model.run_blocks(before, modulations, text, start, stop)  # (B, N, D)
         _, hidden = model.run_blocks(after, modulations, text, stop)
         return model.project(hidden), after - before
@@ -259,9 +328,12 @@ class _Network:
     def short(self, x: Tensor, rows: Tensor, text: TextTokens | None, image: Tensor | None, added: Tensor) -> Tensor:
         """Without those blocks: ``added`` is what they added the last time."""
         model, modulations, (start, stop) = self._model, self._split(rows), self._left_out
-        before, _ = model.run_blocks(model.embed(x, image), modulations, text, 0, start)  # (B, N, D)
+        before, _ = model.run_blocks(self._embed(x, image), modulations, text, 0, start)  # (B, N, D)
         _, hidden = model.run_blocks(before + added, modulations, text, stop)
         return model.project(hidden)
+
+    def _embed(self, x: Tensor, image: Tensor | None) -> Tensor:
+        return self._model.embed(x, image).to(STREAM)  # (B, N, D)
 
 
 class SamplingRun:
@@ -284,7 +356,10 @@ class SamplingRun:
         return self.done == self.total
 
     def advance(self) -> None:
-        """One evaluation: the network on the guidance pair or alone, guidance, the sampler's update. Does not wait for it."""
+        """One evaluation: the network on the guidance pair or alone, guidance, the sampler's update.
+
+        Does not wait for it, but where it is captured for the first time, and where another part of a split batch begins.
+        """
         self._next_part()
         self._current.advance()
 
@@ -475,9 +550,10 @@ def _variants(plan: Plan, program: SamplerProgram) -> list[_Variant]:
 class _Loop:
     """The buffers of runs of one shape, and an evaluation over them that has no argument and reads nothing from the host."""
 
-    def __init__(self, engine: GeneratorEngine, shape: _Shape) -> None:
+    def __init__(self, engine: GeneratorEngine, shape: _Shape, size: int) -> None:
         # Weak: the engine keeps its loops, and graphs are to go with it, not when the collector comes by.
         self._engine, self.shape = weakref.proxy(engine), shape
+        self.bytes = size  # of its buffers, as estimated
         self.owner: Callable[[], _Part | None] = lambda: None
         new = torch.empty
         device, config, batch = engine.device, engine.config, shape.batch
@@ -486,8 +562,13 @@ class _Loop:
         # The sampler's state, and after it, for a mixing sampler, what the model's output says and fresh noise.
         slots = shape.slots + 2 if shape.mixes else 1
         self.work = torch.zeros(slots, batch, *self._sample, device=device)  # (S or S + 2, B, ...)
-        self._index = torch.zeros(1, dtype=torch.int64, device=device)  # the evaluation that comes next
-        self._chunk_start = torch.zeros(1, dtype=torch.int64, device=device)
+        # All numbers that go on from one evaluation to the next, so that one addition is enough: the evaluation that comes
+        # next, the draw of its noise, and the row of modulation of each sample.
+        self._numbers = torch.zeros(2 + both, dtype=torch.int64, device=device)
+        self._index, self._draw, self._row = self._numbers.split([1, 1, both])
+        self._advance = torch.full_like(self._numbers, shape.layout.rows)
+        self._advance[:2] = 1
+        self._x = new(both, *self._sample, dtype=engine.dtype, device=device)  # what the network gets, the pair as one batch
         self._table = new(shape.evaluations, 8, device=device)
         self._mix = new(shape.evaluations, shape.slots, slots, device=device) if shape.mixes else None
         self._times = new(shape.evaluations, dtype=torch.float32 if shape.flow else torch.int64, device=device)
@@ -500,8 +581,20 @@ class _Loop:
         self._residual: Tensor | None = None
         if engine.plan.step_cache is not None:
             tokens = config.sequence_length + config.num_image_tokens
-            self._residual = new(both, tokens, config.width, dtype=engine.dtype, device=device)
+            self._residual = new(both, tokens, config.width, dtype=STREAM, device=device)
         self._graphs: dict[tuple[_Variant, ...], Captured] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether no run needs the buffers, except for a result that it can take with it."""
+        owner = self.owner()
+        return owner is None or owner.finished
+
+    def leave(self) -> None:
+        """Lets a finished run take its result out of the buffers."""
+        owner = self.owner()
+        if owner is not None and owner.finished:
+            owner.keep_result()
 
     def load(self, given: _Conditions, program: SamplerProgram) -> None:
         """Everything that a run is given goes to its place in the buffers."""
@@ -521,14 +614,13 @@ class _Loop:
             text = TextFeatures(torch.cat([text.features, text.features]), torch.cat([text.mask, empty]))  # (2 B, N_t, ...)
         if shape.pair and image is not None:
             image = torch.cat([image, image])  # (2 B, M, ...)
-        tokens = engine._text_tokens(text, len(rows))
-        if tokens is not None:
-            self._text = _in_place(self._text, tokens)
+        self._text = engine._text_in_place(self._text, text, len(rows))
         if image is not None:
             if self._image is None:
                 self._image = torch.empty(image.shape, dtype=engine.dtype, device=engine.device)
             self._image.copy_(image)
         self._index.zero_()
+        self._draw.fill_(1)
         self.work.zero_()
         self.work[0].copy_(ops.seeded_normal(self._seeds, self._index, self._sample) if given.noise is None else given.noise)
 
@@ -546,30 +638,32 @@ class _Loop:
                 size = (self.shape.layout.chunk * rows, engine.modulation.columns)
                 self._rows = torch.empty(size, dtype=engine.dtype, device=engine.device)
             engine.modulation(engine.model.condition(t, y), out=self._rows[: count * rows])
-        self._chunk_start.fill_(start)
+        self._row.copy_(self._row_of)
 
     def run(self, variants: tuple[_Variant, ...], alone: bool) -> None:
         """These evaluations, as one graph each or all in one, where the plan captures."""
         capture = self._engine.plan.capture != "none"
         for part in [(variant,) for variant in variants] if alone else [variants]:
             if part not in self._graphs:
-                state = [self.work, self._index, *([] if self._residual is None else [self._residual])]
+                state = [self.work, self._numbers, *([] if self._residual is None else [self._residual])]
                 own = weakref.proxy(self)
 
-                def evaluate(part: tuple[_Variant, ...] = part, own: _Loop = own) -> None:
+                def evaluate(part: Iterable[_Variant] = part, own: _Loop = own) -> None:
                     for variant in part:
                         own._evaluate(variant)
 
-                self._graphs[part] = Captured(evaluate, state, capture, "the sampling loop" if len(part) > 1 else "a step")
+                # Hundreds of evaluations are of one, two or four kinds: each warms up once.
+                kinds = partial(evaluate, tuple(dict.fromkeys(part)))
+                name = "the sampling loop" if len(part) > 1 else "a step"
+                self._graphs[part] = Captured(evaluate, state, capture, name, kinds)
             self._graphs[part]()
 
     def _evaluate(self, variant: _Variant) -> None:
         engine, shape = self._engine, self.shape
         z = self.work[0]  # (B, ...)
-        x = z.to(engine.dtype)
-        if variant.pair:
-            x = torch.cat([x, x])  # (2 B, ...)
-        batch = len(x)
+        batch = 2 * shape.batch if variant.pair else shape.batch
+        x = self._x[:batch]  # (B or 2 B, ...)
+        x.unflatten(0, (-1, shape.batch)).copy_(z)
         rows = self._modulation_rows(batch)  # (B or 2 B, L)
         text = self._text
         if text is not None and len(text.mask) != batch:
@@ -584,7 +678,7 @@ class _Loop:
         else:
             assert self._residual is not None
             output = engine._short(x, rows, text, image, self._residual[:batch])
-        noise = ops.seeded_normal(self._seeds, self._index + 1, self._sample) if shape.draws else None  # (B, ...)
+        noise = ops.seeded_normal(self._seeds, self._draw, self._sample) if shape.draws else None  # (B, ...)
         result = ops.guided_step(output, z, self._table, self._index, noise, guided_channels=shape.guided_channels)
         if self._mix is None:
             z.copy_(result)
@@ -596,17 +690,16 @@ class _Loop:
             # Not a matrix product, which could be rounded to TF32.
             mixed = (weights.view(*weights.shape, *[1] * z.ndim) * self.work).sum(1)  # (S, B, ...)
             self.work[: shape.slots].copy_(mixed)
-        self._index.add_(1)
+        self._numbers.add_(self._advance)
 
     def _modulation_rows(self, batch: int) -> Tensor:
         """Shifts, scales and gates of this evaluation, (B, L), from the chunk or from a product here."""
         engine, rows = self._engine, self.shape.layout.rows
         if self.shape.layout.chunk:
             assert self._rows is not None
-            first = (self._index - self._chunk_start) * rows  # (1,)
             if rows == 1:
-                return self._rows.index_select(0, first).expand(batch, -1)
-            return self._rows.index_select(0, first + self._row_of[:batch])
+                return self._rows.index_select(0, self._row[:1]).expand(batch, -1)
+            return self._rows.index_select(0, self._row[:batch])
         t = self._times.index_select(0, self._index)  # (1,)
         if self._labels is None or rows == 1:
             return engine.modulation(engine.model.condition(t, self._labels)).expand(batch, -1)
@@ -649,14 +742,19 @@ class TextKeys(nn.Module):
     def take(cls, model: DiT) -> TextKeys | None:
         """Takes the products out of the cross-attention of ``model``; None where it has none, or another kind."""
         attentions = [block.cross_attn for block in model.blocks]
-        if not all(type(attention) is CrossAttention for attention in attentions):
+        if not all(is_untouched(attention, CrossAttention) for attention in attentions):  # type: ignore[arg-type]
             return None
         for index, block in enumerate(model.blocks):
             block.cross_attn = _TextAttention(attentions[index], index)  # type: ignore[arg-type]
         return cls([attention.kv for attention in attentions])  # type: ignore[union-attr,misc]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return torch.stack([layer(tokens) for layer in self.layers])  # (depth, B, N_t, 2 D)
+    def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """Into ``out`` if given, layer by layer."""
+        if out is None:
+            return torch.stack([layer(tokens) for layer in self.layers])  # (depth, B, N_t, 2 D)
+        for layer, target in zip(self.layers, out, strict=True):
+            target.copy_(layer(tokens))
+        return out
 
 
 class _TextAttention(nn.Module):

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from textok_fast.errors import InputError
+from textok_fast.inference.precision import ADALN, DTYPES, Precision, _blocks, _linears
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
@@ -44,18 +46,44 @@ def require_fits(estimate: MemoryEstimate, what: str, advice: str) -> None:
         raise InputError(f"{what} does not fit, it takes {estimate.describe()}; {advice}")
 
 
+def weights_estimate(
+    model: nn.Module, precision: Precision, device: torch.device, packs: bool = True, limit: int | None = None
+) -> MemoryEstimate:
+    """What the copy of ``model`` that an engine makes on ``device`` will hold, known before anything is moved.
+
+    Args:
+        packs: whether a CPU's products are packed (``products`` of the plan is not "reference").
+        limit: as in :func:`available_memory`.
+    """
+    dtype = DTYPES[precision]
+    products = {id(linear.weight) for block in _blocks(model) for linear in _linears(block)}
+    bytewise = products if precision in ("int8", "fp8") else set()
+    copied = products if device.type == "cpu" and packs else bytewise
+    tensors = {id(each): (name, each) for name, each in (*model.named_parameters(), *model.named_buffers())}
+    weights = shared = 0
+    for key, (name, tensor) in tensors.items():
+        kind = torch.int8 if key in bytewise else dtype if tensor.is_floating_point() else tensor.dtype
+        weights += tensor.numel() * kind.itemsize
+        if key not in copied and ADALN not in name and tensor.device == device and tensor.dtype == kind:
+            shared += tensor.nbytes
+    return MemoryEstimate(weights, 0, 0, 0, available_memory(device, shared, limit))
+
+
 def available_memory(device: torch.device, resident: int = 0, limit: int | None = None) -> int:
     """Bytes that a run may take on ``device``.
 
-    On CUDA what the driver has free and what torch holds unused; on a CPU the kernel's MemAvailable, or what is left of the
-    container's limit (cgroup v2 or v1) where that is less.
+    On CUDA what the driver has free and what torch holds unused, but for the memory of CUDA graphs, which only they use; on a
+    CPU the kernel's MemAvailable, or what is left of the container's limit (cgroup v2 or v1) where that is less.
 
     Args:
         resident: bytes of the run that lie there already, such as weights; they are added.
         limit: never more than this (:attr:`Plan.memory_limit`).
     """
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        for segment in torch.cuda.memory_snapshot(include_traces=False):
+            if segment["device"] == (device.index or 0) and tuple(segment["segment_pool_id"]) == (0, 0):
+                free += segment["total_size"] - segment["active_size"]
     else:
         free = min(left for left in (_system_free(), _container_free()) if left is not None)
     total = free + resident

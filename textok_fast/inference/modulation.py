@@ -7,7 +7,7 @@ occurs.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +15,43 @@ from torch.nn import functional as F
 
 from textok_fast import ops
 from textok_fast.inference.plan import Plan
+from textok_fast.inference.precision import weight_bytes
 from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.layers import is_plain
 
 
 class StackedModulation(nn.Module):
     """The adaLN products of all blocks and the final layer of a DiT as one: (R, D) -> (R, L), L = (6 depth + 2) D.
 
-    Takes the layers out of ``model``, which is to be an engine's own copy: nothing is held twice.
+    Takes the layers out of ``model``, which is to be an engine's own copy: nothing is held twice. Where somebody has replaced
+    one, or hung a hook on it, all of them are called one after the other instead.
     """
 
     weight: Tensor | None
     bias: Tensor | None
+    layers: nn.ModuleList | None
 
     def __init__(self, model: DiT, products: str = "auto") -> None:
         super().__init__()
         self.depth, self.width = len(model.blocks), model.config.width
-        layers = [*model.blocks, model.final_layer]
-        linears = [cast(nn.Linear, layer.adaLN_modulation[1]) for layer in layers]
-        with torch.no_grad():
-            weight = torch.cat([linear.weight for linear in linears])  # (L, D)
-            bias = torch.cat([linear.bias for linear in linears])  # (L,)
-        for layer in layers:
-            layer.adaLN_modulation = None
-        del linears
-        self.columns = weight.shape[0]
+        self.columns = (6 * self.depth + 2) * self.width
+        self.dtype = model.pos_embed.dtype
+        owners = [*model.blocks, model.final_layer]
+        layers = [owner.adaLN_modulation[1] for owner in owners]
+        for owner in owners:
+            owner.adaLN_modulation = None
         self.packed: ops.PackedWeight | None = None
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
+        self.layers = None
+        if not all(is_plain(layer, nn.Linear) for layer in layers):
+            self.layers = nn.ModuleList(layers)
+            self.bytes = weight_bytes(self.layers)
+            return
+        with torch.no_grad():
+            weight = torch.cat([layer.weight for layer in layers])  # (L, D)
+            bias = torch.cat([layer.bias for layer in layers])  # (L,)
+        del layers
         if weight.is_cpu and products != "reference":
             backend = None if products == "auto" else products
             self.packed = ops.pack_linear(weight, bias, "bf16" if weight.dtype == torch.bfloat16 else "fp32", backend)
@@ -52,8 +62,11 @@ class StackedModulation(nn.Module):
 
     @torch.no_grad()
     def forward(self, c: Tensor, out: Tensor | None = None) -> Tensor:
-        """c = ``DiT.condition`` (R, D) -> (R, L), into ``out`` if given."""
-        activated = F.silu(c)  # (R, D)
+        """c = ``DiT.condition`` (R, D), its dtype or float32 -> (R, L) in its dtype, into ``out`` if given."""
+        activated = F.silu(c).to(self.dtype)  # (R, D)
+        if self.layers is not None:
+            rows = torch.cat([layer(activated) for layer in self.layers], dim=1)  # (R, L)
+            return rows if out is None else out.copy_(rows)
         if self.packed is None:
             assert self.weight is not None and self.bias is not None
             if out is not None:

@@ -32,7 +32,7 @@ from textok_fast.config import DiTConfig, TexTokConfig, from_mapping, to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_text
 from textok_fast.inference.execution import why_not_compiled
-from textok_fast.inference.generator import GeneratorEngine, TextKeys, sample_shape
+from textok_fast.inference.generator import GeneratorEngine, Network, TextKeys, sample_shape
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.precision import DTYPES
 from textok_fast.inference.tokenizer import FastDecoder, FastEncoder, ShortText, TokenizerEngine, _DecoderSide, _Side
@@ -205,12 +205,17 @@ class _ModulationNetwork(nn.Module):
     def __init__(self, engine: GeneratorEngine) -> None:
         super().__init__()
         self.model, stacked = engine.model, engine.modulation
+        if stacked.layers is not None:
+            raise InputError(
+                "a package needs plain adaLN layers, some of this model's are replaced or hooked: merge them first"
+            )
         weight, bias = (stacked.weight, stacked.bias) if stacked.packed is None else stacked.packed[:3:2]
         self.register_buffer("weight", weight)  # (L, D)
         self.register_buffer("bias", bias)  # (L,)
 
     def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
-        return F.linear(F.silu(self.model.condition(t, y)), self.weight, self.bias)
+        activated = F.silu(self.model.condition(t, y)).to(self.weight.dtype)  # (R, D)
+        return F.linear(activated, self.weight, self.bias)
 
 
 class _TextNetwork(nn.Module):
@@ -227,17 +232,17 @@ class _TextNetwork(nn.Module):
 
 
 class _StepNetwork(nn.Module):
-    """:meth:`GeneratorEngine._run_whole` with the text as two tensors."""
+    """:meth:`Network.whole` with the text as two tensors."""
 
     def __init__(self, engine: GeneratorEngine) -> None:
         super().__init__()
-        self.model, self._split = engine.model, engine.modulation.split
+        self.network = Network(engine.model, engine.modulation)
 
     def forward(
         self, x: Tensor, rows: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None, image: Tensor | None = None
     ) -> Tensor:
         text = None if tokens is None or mask is None else TextTokens(tokens, mask)
-        return self.model.step(x, self._split(rows), text, image)
+        return self.network.whole(x, rows, text, image)
 
 
 class _EncoderNetwork(nn.Module):

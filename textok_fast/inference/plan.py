@@ -40,6 +40,9 @@ class StepCache:
             raise InputError(
                 f"a step cache's interval is how many evaluations share one full run, at least 2, got {self.interval}"
             )
+        for name, value in (("start", self.start), ("stop", self.stop)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise InputError(f"a step cache's {name} is the number of a block, or None, got {value!r}")
 
     def blocks(self, depth: int) -> tuple[int, int]:
         """``start`` and ``stop`` in a network of ``depth`` blocks; InputError when they are not in it."""
@@ -65,10 +68,12 @@ class Plan:
     Attributes:
         precision: "fp32"; "bf16"; "int8" (CPU: weights by channel, activations by row); "fp8" (e4m3 for weights and
             activations, by channel and row; embeddings and the final layer bf16; on a GPU from compute capability 8.9 on,
-            elsewhere only emulated).
+            elsewhere only emulated). It is that of the products and what lies between them: the residual stream and the
+            embedding of time and class are float32 in all of them.
         device: "cpu", "cuda" or "cuda:N".
         compile: mode of torch.compile for the network.
-        capture: CUDA graphs of one evaluation, or of all evaluations that share a chunk of modulation.
+        capture: CUDA graphs of one evaluation, or of all evaluations that share a chunk of modulation. Of a tokenizer, either
+            is a graph of its encoder and one of its decoder for each shape that comes again.
         modulation: all evaluations' adaLN outputs from one product before the loop, or each inside its evaluation; "auto"
             takes what moves fewer bytes for the batch at hand.
         modulation_budget: bytes that adaLN outputs computed ahead may take.
@@ -86,7 +91,7 @@ class Plan:
     modulation: ModulationMode = "auto"
     modulation_budget: int = 512 * 2**20
     products: Products = "auto"
-    ops: dict[str, str] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict, hash=False)
     step_cache: StepCache | None = None
     split: bool = False
     memory_limit: int | None = None
@@ -108,6 +113,12 @@ class Plan:
             raise InputError("int8 runs on a CPU only: use precision='fp8' or 'bf16' on CUDA, or device='cpu'")
         if kind == "cuda" and self.products != "auto":
             raise InputError(f"products={self.products!r} chooses between a CPU's packed products: use 'auto' on {self.device}")
+        if not isinstance(self.ops, dict) or not all(isinstance(each, str) for pair in self.ops.items() for each in pair):
+            raise InputError(f"a plan's ops are a dict from operation, or '*', to backend, got {self.ops!r}")
+        if not isinstance(self.split, bool):
+            raise InputError(f"a plan's split is True or False, got {self.split!r}")
+        if self.step_cache is not None and not isinstance(self.step_cache, StepCache):
+            raise InputError(f"a plan's step_cache is a StepCache or None, got {self.step_cache!r}")
         for name in ("modulation_budget", "memory_limit"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

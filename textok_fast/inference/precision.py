@@ -4,6 +4,9 @@ fp32, bf16: on a CPU the blocks' products are packed (:func:`textok_fast.ops.pac
 int8 (CPU): the blocks' products are integers, activations quantized row by row; all else is float32.
 fp8: the blocks' products are e4m3 with a scale for each row and channel, and what a LayerNorm or a GELU gives a product is
 quantized where it is made; all else is bfloat16. Without such a GPU PyTorch emulates it, slowly, which shows its error.
+
+The engines keep the residual stream in float32 (``STREAM``) beside bfloat16: it is a sum over all blocks, and to round each sum
+costs more accuracy than its reads and writes cost time.
 """
 
 from __future__ import annotations
@@ -20,7 +23,16 @@ from textok_fast import ops
 from textok_fast.config import DiTConfig, TexTokConfig
 from textok_fast.errors import InputError
 from textok_fast.modeling.dit import DiTBlock
-from textok_fast.modeling.layers import Attention, CrossAttention, Mlp, TextTokens, ViTBlock, add_and_norm, is_plain
+from textok_fast.modeling.layers import (
+    Attention,
+    CrossAttention,
+    Mlp,
+    TextTokens,
+    ViTBlock,
+    add_and_norm,
+    is_plain,
+    is_untouched,
+)
 from textok_fast.ops import PackedWeight, RowScaled
 from textok_fast.ops.fp8 import lacks_e4m3
 
@@ -28,6 +40,7 @@ Precision = Literal["fp32", "bf16", "int8", "fp8"]
 Products = Literal["auto", "native", "onednn", "reference"]
 PRECISIONS = ("fp32", "bf16", "int8", "fp8")
 PRODUCTS = ("auto", "native", "onednn", "reference")
+STREAM = torch.float32  # of the residual stream in the engines, whatever the precision
 # What everything but the blocks' products is computed in.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32, "fp8": torch.bfloat16}
 
@@ -388,7 +401,7 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """:func:`is_plain` for modules without a weight too."""
     if getattr(module, "weight", None) is not None:
         return is_plain(module, kind)
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return is_untouched(module, kind)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -60,8 +60,10 @@ def encode_stream(
 ) -> Iterator[Encoded]:
     """Tokens of captioned pictures, one :class:`Encoded` an item, in their order.
 
-    An item that cannot be read or prepared gives a record with its ``error``, and the stream goes on. Closing the iterator, an
-    exception, or Ctrl-C stops the threads. An exception out of ``items`` is raised behind the results of what came before it.
+    An item that cannot be read or prepared, or whose caption the text encoder refuses (InputError), gives a record with its
+    ``error``, and the stream goes on. Closing the iterator, Ctrl-C, or any other exception stops it and its threads; one out of
+    ``items`` is raised behind the results of what came before it. Arrays and tensors are copied when they are drawn, so that
+    ``items`` may fill one buffer again and again.
 
     Args:
         engine: the tokenizer.
@@ -78,7 +80,8 @@ def encode_stream(
     size = engine.config.image_size
 
     def run(pictures: Sequence[np.ndarray], text: TextFeatures | None) -> dict[str, Tensor]:
-        tokens = engine.encode_pixels(_to_device(np.stack(pictures), engine.device), text)  # uint8 (B, S, S, 3)
+        pixels = _to_device(torch.from_numpy(np.stack(pictures)), engine.device)  # (B, S, S, 3) uint8
+        tokens = engine.encode_pixels(pixels, text)
         values = {"tokens": tokens.as_subclass(Tensor).float()}
         return values if tokens.indices is None else {**values, "indices": tokens.indices}
 
@@ -108,10 +111,15 @@ def decode_stream(
     def prepare(tokens: Tensor) -> Tensor:
         if not isinstance(tokens, Tensor):
             raise InputError(f"tokens must be a tensor, got {type(tokens).__name__}")
-        return engine.model._check_tokens(tokens.unsqueeze(0))[0]  # (N, d) raw latents, on the device
+        checked = engine.model._check_tokens(tokens.unsqueeze(0))[0]  # on the CPU
+        return checked.to(engine.dtype) if checked.is_floating_point() else checked
 
-    def run(latents: Sequence[Tensor], text: TextFeatures | None) -> dict[str, Tensor]:
-        return {"image": engine.decode_latents(torch.stack(list(latents)), text)}  # (B, S, S, 3)
+    def run(tokens: Sequence[Tensor], text: TextFeatures | None) -> dict[str, Tensor]:
+        # Some items may be tokens and others indices.
+        alike = [torch.stack(list(group)) for _, group in itertools.groupby(tokens, key=lambda each: each.dtype)]
+        with torch.no_grad():
+            latents = torch.cat([engine.model._raw_latents(_to_device(group, engine.device)) for group in alike])  # (B, N, d)
+        return {"image": engine.decode_latents(latents, text)}  # (B, S, S, 3)
 
     return _Stream(
         engine,
@@ -152,10 +160,14 @@ class _Sizes:
         self.bucket = bucket
         self.lookahead = 4 * batch_size if lookahead is None else lookahead
         for name, value in {"batch_size": self.batch, "workers": self.workers, "bucket": self.bucket}.items():
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be at least 1, got {value!r}")
-        if self.lookahead < self.batch:
-            raise InputError(f"lookahead must be at least batch_size = {self.batch}, got {self.lookahead}")
+            if not _is_count(value) or value < 1:
+                raise InputError(f"{name} must be at least 1, an integer, got {value!r}")
+        if not _is_count(self.lookahead) or self.lookahead < self.batch:
+            raise InputError(f"lookahead must be at least batch_size = {self.batch}, an integer, got {self.lookahead!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)
@@ -235,7 +247,7 @@ class _Stream:
             try:
                 for index, item in itertools.islice(source, min(wanted, self.sizes.batch)):
                     picture, caption, name = _parts(index, item)
-                    ready = threads.submit(_prepare, self.prepare, picture)
+                    ready = threads.submit(_prepare, self.prepare, _own(picture))
                     group.append(_Entry(index, name, caption, ready, place=len(group)))
             except Exception as error:
                 self.exhausted = error
@@ -291,14 +303,13 @@ class _Stream:
         text = None
         if self.text_encoder is not None:
             text = pad_features([self._features_of(entry) for entry in rows], multiple=1)  # type: ignore[misc]
-            if self.engine.device.type == "cuda":
-                text = TextFeatures(text.features.pin_memory(), text.mask.pin_memory())
         return _Download(self.run([entry.ready.result() for entry in rows], text))
 
     def _finish(self, batch: list[_Entry], download: _Download) -> None:
         values = download.wait()
         for row, entry in enumerate(batch):
-            entry.result = self.result(entry.index, **{name: value[row] for name, value in values.items()})
+            # A copy: who keeps one result must not keep the whole batch, nor write to another's.
+            entry.result = self.result(entry.index, **{name: value[row].clone() for name, value in values.items()})
 
 
 def _parts(index: int, item: Any) -> tuple[Any, Any, str]:
@@ -307,6 +318,14 @@ def _parts(index: int, item: Any) -> tuple[Any, Any, str]:
         return _Malformed(type(item).__name__), None, ""
     picture, caption = item
     return picture, caption, f" ({os.fspath(picture)})" if isinstance(picture, (str, os.PathLike)) else ""
+
+
+def _own(picture: Any) -> Any:
+    """Arrays and tensors as they are now: a thread reads them later, and the caller may fill the same one again. What lies on
+    a GPU comes to the CPU here, behind what the caller has started there."""
+    if isinstance(picture, Tensor):
+        return picture.detach().as_subclass(Tensor).to("cpu", copy=True)
+    return picture.copy() if isinstance(picture, np.ndarray) else picture
 
 
 @dataclass(frozen=True)
@@ -323,30 +342,29 @@ def _prepare(prepare: Callable[[Any], Any], picture: Any) -> Any:
 
 
 def _features(encoder: Any, captions: Sequence[Any]) -> list[Tensor | Exception]:
-    """Features (n, D_t) of each caption; when the encoder refuses them, of each by itself."""
+    """Features (n, D_t) of each caption; when the encoder refuses them (InputError), of each by itself."""
     found: list[Tensor | Exception] = [
         InputError(f"a caption must be a string or None, got {type(caption).__name__}") for caption in captions
     ]
     usable = [place for place, caption in enumerate(captions) if caption is None or isinstance(caption, str)]
     try:
         text = encoder([captions[place] or "" for place in usable]) if usable else None
-    except Exception as error:
+    except InputError as error:
         if len(captions) == 1:
             return [error]
         return [_features(encoder, [caption])[0] for caption in captions]
     for row, place in enumerate(usable):
         assert text is not None
-        found[place] = text.features[row, : int(text.mask[row].sum())]  # (n, D_t)
+        found[place] = text.features[row, : int(text.mask[row].sum())].clone()  # (n, D_t), without the group's padding
     return found
 
 
 # -- to the device and back --------------------------------------------------------------------------------------------------
 
 
-def _to_device(pictures: np.ndarray, device: torch.device) -> Tensor:
-    """(B, S, S, 3) uint8 on ``device``. On CUDA from pinned memory, which torch reuses when the copy is through, on a stream of
-    its own, so that a batch is copied while the one before it is computed."""
-    given = torch.from_numpy(pictures)
+def _to_device(given: Tensor, device: torch.device) -> Tensor:
+    """``given`` from the CPU to ``device``. On CUDA from pinned memory, which torch reuses when the copy is through, on a
+    stream of its own, so that a batch is copied while the one before it is computed."""
     if device.type != "cuda":
         return given.to(device)
     copies = _copy_stream(device)
@@ -379,11 +397,10 @@ class _Download:
                 for name, value in values.items()
             }
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(next(iter(values.values())).device))
 
     def wait(self) -> dict[str, Tensor]:
-        """The values on the CPU, in ordinary memory."""
-        if self._event is None:
-            return self._values
-        self._event.synchronize()
-        return {name: value.clone() for name, value in self._values.items()}
+        """The values on the CPU, where they came from a GPU in pinned memory."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values

@@ -4,27 +4,30 @@
   queries, keys and values for every picture: they are computed once. On a CPU so is the patch queries' attention among
   themselves, which is most of the first block's.
 - Bytes go to the patch embedding as they are: their change to [-1, 1] is part of its weights.
-- Captions are as long as the batch's longest, and attention has no mask where nothing is padded. Compiled, and where there is
-  padding, lengths are multiples of 16: few shapes to compile, and aligned ones.
+- Captions are as long as the batch's longest, and attention has no mask where nothing is padded. Compiled, captured, and
+  where there is padding, lengths are multiples of 16: few shapes to compile, and aligned ones.
 - The last blocks compute only the rows that are read, which TexTok does itself.
+- On CUDA a plan that captures makes encoder and decoder a graph for each shape that comes a second time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from textok_fast import ops
-from textok_fast.inference.execution import compiled
-from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits
+from textok_fast.inference.execution import Captured, compiled, own_modes
+from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
 from textok_fast.inference.plan import Plan
-from textok_fast.inference.precision import SplitAttention, pack_linears, prepare, weight_bytes
-from textok_fast.modeling.layers import Attention, TextProjection, ViTBlock, add_and_norm, is_plain
+from textok_fast.inference.precision import STREAM, SplitAttention, pack_linears, prepare, weight_bytes
+from textok_fast.modeling.layers import Attention, TextProjection, ViTBlock, add_and_norm, is_plain, is_untouched
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
 from textok_fast.modeling.tokenizer import Captions, Decoder, Encoder, Images, TexTok, Tokens
 from textok_fast.ops.device import resolve_device
@@ -52,18 +55,22 @@ class TokenizerEngine:
     def __init__(self, model: TexTok, plan: Plan | None = None) -> None:
         self.plan = (Plan.automatic() if plan is None else plan).require_machine()
         device = resolve_device(self.plan.device)
-        self.model = prepare(model, self.plan.precision, device=device, products=self.plan.products)
-        self.model._text_encoder = model._text_encoder  # the list itself: a text encoder given to either is both's
-        with torch.no_grad(), self._backends():
+        packs = self.plan.products != "reference"
+        estimate = weights_estimate(model, self.plan.precision, device, packs, self.plan.memory_limit)
+        other = "another precision" if self.plan.precision == "fp32" else "another device"
+        require_fits(estimate, f"the model in {self.plan.precision}", f"use {other}")
+        with self._backends():  # packed products are of the backend that is forced while they are packed
+            self.model = prepare(model, self.plan.precision, device=device, products=self.plan.products)
+            self.model._text_encoder = model._text_encoder  # the list itself: a text encoder given to either is both's
             encoder = FastEncoder(self.model.encoder, model.encoder)
-            decoder = FastDecoder(self.model.decoder)
-            if device.type == "cpu" and self.plan.products != "reference":  # what `prepare` leaves: the embeddings and outputs
+            decoder = FastDecoder(self.model.decoder, model.decoder)
+            if device.type == "cpu" and packs:  # what `prepare` leaves: the embeddings and outputs
                 for network in (encoder, decoder):
                     pack_linears(network, "bf16" if self.model.dtype == torch.bfloat16 else "fp32", self.plan.products)
         self._largest = {"encode": 0, "decode": 0}  # rows of the sequence, over all pictures, that have fitted
-        side = _Side(encoder, compiled(encoder.run, self.plan), self.plan, lambda *size: self._room("encode", *size))
+        side = _Side(encoder, compiled(encoder.run, self.plan), self.plan, partial(self._room, "encode"))
         self.model.encoder = side  # type: ignore[assignment]
-        side = _DecoderSide(decoder, compiled(decoder.run, self.plan), self.plan, lambda *size: self._room("decode", *size))
+        side = _DecoderSide(decoder, compiled(decoder.run, self.plan), self.plan, partial(self._room, "decode"))
         self.model.decoder = side  # type: ignore[assignment]
         self._weights = weight_bytes(self.model)
 
@@ -111,13 +118,15 @@ class TokenizerEngine:
         rows = config.num_patches + config.num_tokens + (text if has_text else 0)
         # At the worst moment: the residual stream, its LayerNorm, and either packed q, k, v (twice where the first block puts
         # constant and other rows together) and the attention's result, or the MLP's hidden layer before and after the GELU.
-        row = config.width * (2 + max(7.0, 2 * config.mlp_ratio))
         size = self.model.dtype.itemsize
+        row = config.width * (STREAM.itemsize + size * (1 + max(7.0, 2 * config.mlp_ratio)))
         # Bytes, patches and pictures of 3 S S numbers in the model's dtype; captions.
         state = batch * (3 * config.image_size**2 * (1 + 3 * size) + text * (config.text_dim * size + 1) * has_text)
         device = self.model.device
+        if self.plan.capture != "none":
+            state *= 2  # what the graphs read and write
         available = available_memory(device, self._weights, self.plan.memory_limit)
-        return MemoryEstimate(self._weights, 0, int(batch * rows * row * size), state, available)
+        return MemoryEstimate(self._weights, 0, int(batch * rows * row), state, available)
 
     def _room(self, side: str, batch: int, text_tokens: int) -> int:
         """How many of ``batch`` pictures go through at once; InputError when not all, and the plan does not split."""
@@ -133,9 +142,18 @@ class TokenizerEngine:
             self._largest[side] = rows
         return fitting
 
-    def _backends(self) -> AbstractContextManager[None]:
-        every, single = self.plan.backends
-        return use_backend(every, **single) if self.plan.ops else nullcontext()
+    @contextmanager
+    def _backends(self) -> Iterator[None]:
+        """What the networks run in: the plan's backends and modes, on the plan's device."""
+        with ExitStack() as stack:
+            device = resolve_device(self.plan.device)
+            stack.enter_context(own_modes(device))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            if self.plan.ops:
+                every, single = self.plan.backends
+                stack.enter_context(use_backend(every, **single))
+            yield
 
     # -- what else a tokenizer is asked for ----------------------------------------------------------------------------------
 
@@ -172,7 +190,7 @@ def shorten(text: TextFeatures | None, fixed_lengths: bool, most: int | None = N
     Captions of one length stay that long, unless ``fixed_lengths`` asks for few different ones; else N_t is the longest's,
     rounded up to a multiple of 16, but not above ``most``.
     """
-    if text is None or not text.mask.shape[1]:
+    if text is None or not text.mask.numel():
         return ShortText(None, None)
     features, mask = text
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # (N_t,)
@@ -189,6 +207,15 @@ def shorten(text: TextFeatures | None, fixed_lengths: bool, most: int | None = N
         features = nn.functional.pad(features, (0, 0, 0, missing))  # (B, N_t, D_t)
         mask = nn.functional.pad(mask, (0, missing))  # (B, N_t)
     return ShortText(features, mask if padded or width > longest else None)
+
+
+def upload(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` on ``device`` in ``dtype``. From the CPU to a GPU in that dtype and out of pinned memory, which torch reuses
+    when the copy is through: so the host does not wait for it."""
+    dtype = values.dtype if dtype is None else dtype
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.to(dtype).pin_memory()
+    return values.to(device, dtype, non_blocking=True)
 
 
 def _text_rows(projection: TextProjection | None, text: ShortText, batch: int) -> tuple[Tensor | None, Tensor | None]:
@@ -264,23 +291,31 @@ def _is_made_of_parts(block: nn.Module) -> TypeGuard[ViTBlock]:
     """Whether a block does what its parts do one after the other. Not an FP8 block, which hands on quantized rows, nor one that
     somebody has put something in the place of, or hung a hook on."""
     return (
-        type(block) is ViTBlock
-        and not any(hooks for part in (block, block.attn) for hooks in (part._forward_hooks, part._forward_pre_hooks))
-        and type(block.attn) in (Attention, SplitAttention)
+        is_untouched(block, ViTBlock)
+        and isinstance(block, ViTBlock)
+        and (is_untouched(block.attn, Attention) or is_untouched(block.attn, SplitAttention))
     )
 
 
 class _ViT(nn.Module):
-    """The blocks of ``vit`` over [constant rows, other rows], the first of them without what is constant."""
+    """The blocks of ``vit`` over [constant rows, other rows], the first of them without what is constant.
+
+    Args:
+        rows: (n, D), the constant rows in the precision to run.
+        exact: the same as the model has them: how they enter the residual stream, which is float32.
+    """
 
     rows: Tensor
+    stream: Tensor
 
-    def __init__(self, vit: Encoder | Decoder, rows: Tensor, alone: bool) -> None:
+    def __init__(self, vit: Encoder | Decoder, rows: Tensor, exact: Tensor, alone: bool) -> None:
         super().__init__()
         self.vit = vit
         block = vit.blocks[0]
         self.constant = ConstantRows(rows, block, alone) if _is_made_of_parts(block) else None
         self.register_buffer("rows", rows.detach().unsqueeze(0), persistent=False)  # (1, n, D)
+        exact = exact.detach().unsqueeze(0).to(rows.device, STREAM)  # (1, n, D)
+        self.register_buffer("stream", self.rows if rows.dtype == STREAM else exact, persistent=False)
 
     def blocks(self, x: Tensor, text: ShortText) -> Tensor:
         """x (B, M, D), what comes after the constant rows and before the text -> norm(last block's constant rows) (B, n, D)."""
@@ -294,8 +329,8 @@ class _ViT(nn.Module):
         following: list[Any] = [*(block.norm1 for block in blocks[1:]), self.vit.norm]
         last, done = len(blocks) - 1, 0
         if self.constant is None:
-            x = torch.cat([self.rows.expand(batch, -1, -1), x], dim=1)  # (B, n + M + N_t, D)
-            hidden = blocks[0].norm1(x)  # type: ignore[operator]
+            hidden = blocks[0].norm1(torch.cat([self.rows.expand(batch, -1, -1), x], dim=1))  # type: ignore[operator]
+            x = torch.cat([self.stream.expand(batch, -1, -1), x.to(STREAM)], dim=1)  # (B, n + M + N_t, D)
         else:
             x, hidden = self._first_block(x, following[0], mask, wanted if last == 0 else None)
             done = 1
@@ -311,7 +346,7 @@ class _ViT(nn.Module):
         assert constant is not None and isinstance(block, ViTBlock)
         qkv = block.attn.qkv(block.norm1(x))  # (B, M, 3 D)
         qkv = torch.cat([constant.qkv.expand(len(x), -1, -1), qkv], dim=1)  # (B, n + M, 3 D)
-        x = torch.cat([self.rows.expand(len(x), -1, -1), x], dim=1)  # (B, n + M, D)
+        x = torch.cat([self.stream.expand(len(x), -1, -1), x.to(STREAM)], dim=1)  # (B, n + M, D)
         out = constant.attend(qkv, mask)  # (B, n + M, D)
         x, out = (x, out) if rows is None else (x[:, rows], out[:, rows])
         x, hidden = add_and_norm(x, block.attn.proj(out), block.norm2)
@@ -323,11 +358,11 @@ class FastEncoder(_ViT):
 
     Args:
         vit: the encoder in the precision to run.
-        original: the encoder whose patch embedding is folded, in the model's own precision.
+        original: the encoder in the model's own precision, whose latents and patch embedding are taken.
     """
 
     def __init__(self, vit: Encoder, original: Encoder) -> None:
-        super().__init__(vit, vit.latents, alone=False)
+        super().__init__(vit, vit.latents, original.latents, alone=False)
         self.patch_size = vit.patch_size
         self.from_bytes: nn.Sequential | None = None
         if is_plain(original.patch_embed, nn.Linear):
@@ -369,10 +404,10 @@ def _fold_bytes(embed: nn.Linear, patch_size: int) -> nn.Linear:
 
 
 class FastDecoder(_ViT):
-    """:class:`Decoder` over [patch queries, latents, text]."""
+    """:class:`Decoder` over [patch queries, latents, text]. ``original``: as in :class:`FastEncoder`."""
 
-    def __init__(self, vit: Decoder) -> None:
-        super().__init__(vit, vit.queries, alone=True)
+    def __init__(self, vit: Decoder, original: Decoder) -> None:
+        super().__init__(vit, vit.queries, original.queries, alone=True)
 
     def run(self, latents: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor:
         """latents (B, N, d); :class:`ShortText` -> flat patches (B, hw, 3 p p), not clamped."""
@@ -391,8 +426,8 @@ class _Side(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self._run, self._room = run, room
-        self._fixed_lengths = plan.compile != "none"
+        self._run, self._room = run if plan.capture == "none" else _Graphs(run), room
+        self._fixed_lengths = plan.compile != "none" or plan.capture != "none"
         positions = network.vit.text.positions if network.vit.text is not None else None
         self._most = None if positions is None else len(positions)
 
@@ -400,18 +435,59 @@ class _Side(nn.Module):
         """pixels or latents (B, ...) and text features -> what the network's ``run`` gives, (B, ...)."""
         features, mask = shorten(text, self._fixed_lengths, self._most)
         if features is not None:
-            features = features.to(x.device, self.network.rows.dtype, non_blocking=True)
-            mask = None if mask is None else mask.to(x.device, non_blocking=True)
-        size = self._room(len(x), 1 if features is None else features.shape[1])
+            features = upload(features, x.device, self.network.rows.dtype)
+            mask = None if mask is None else upload(mask, x.device)
+        size = max(self._room(len(x), 1 if features is None else features.shape[1]), 1)
         parts = [
             self._run(
                 x[start : start + size],
                 None if features is None else features[start : start + size],
                 None if mask is None else mask[start : start + size],
             )
-            for start in range(0, len(x), size)
+            for start in range(0, max(len(x), 1), size)  # of no picture, one part of none
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Graphs:
+    """``run`` as CUDA graphs: one for each shape of its arguments that comes a second time, of the latest few shapes."""
+
+    KEPT = 8
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        self._run = run
+        self._graphs: OrderedDict[Any, Callable[..., Tensor] | None] = OrderedDict()
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        stream = torch.cuda.current_stream().cuda_stream  # a graph stays on one
+        key = (stream, *(None if each is None else (each.shape, each.dtype) for each in given))
+        seen = key in self._graphs
+        graph = self._graphs.pop(key, None)
+        if seen and graph is None:
+            graph = self._capture(given)
+        self._graphs[key] = graph
+        if len(self._graphs) > self.KEPT:
+            self._graphs.popitem(last=False)
+        return self._run(*given) if graph is None else graph(*given)
+
+    def _capture(self, given: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+        run = self._run
+        inputs = [None if each is None else each.clone(memory_format=torch.contiguous_format) for each in given]
+        out = torch.empty_like(run(*inputs))
+
+        def fill() -> None:
+            out.copy_(run(*inputs))
+
+        captured = Captured(fill, [out], True, "the tokenizer")
+
+        def replay(*given: Tensor | None) -> Tensor:
+            for place, each in zip(inputs, given, strict=True):
+                if place is not None and each is not None:
+                    place.copy_(each, non_blocking=True)
+            captured()
+            return out.clone()
+
+        return replay
 
 
 class _DecoderSide(_Side):

@@ -59,7 +59,7 @@ class DiTBlock(nn.Module):
         """One block, from one modulated LayerNorm to the next.
 
         Args:
-            x: residual stream (B, N, D).
+            x: residual stream (B, N, D), in the dtype of all else or in float32.
             hidden: its LayerNorm, modulated with this block's first shift and scale, (B, N, D).
             modulation: (B, 6 D): shift, scale and gate of the attention, then of the MLP.
             following: shift and scale, each (B, D), of what comes next: another block or the final layer.
@@ -166,7 +166,8 @@ class DiT(PretrainedMixin, nn.Module):
     def run_blocks(
         self, h: Tensor, modulations: list[Tensor], text: TextTokens | None = None, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Blocks ``start`` to before ``stop`` (None: all the rest).
+        """Blocks ``start`` to before ``stop`` (None: all the rest), over ``h`` (B, N, D): what :meth:`embed` gives, or that in
+        float32 beside activations in bfloat16 or float16, which then stays float32 throughout.
 
         Returns: the residual stream (B, N, D) after them, and its LayerNorm, modulated for what follows: the block ``stop``, or
             the final layer.

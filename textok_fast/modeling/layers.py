@@ -13,10 +13,18 @@ from textok_fast.modeling.text_encoders import TextFeatures
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether reading the weights of ``module`` is the same as calling it: nobody has replaced it (LoRA, quantization), hung a
-    hook on it (offloading, pruning) or made its weight something else than a tensor (torchao, DTensor)."""
+    """Whether reading the weights of ``module`` is the same as calling it: nobody has replaced it or its ``forward`` (LoRA,
+    quantization, offloading), hung a hook on it (pruning) or made its weight something else than a tensor (torchao, DTensor).
+    """
+    return is_untouched(module, kind) and type(module.weight) in (Tensor, nn.Parameter)
+
+
+def is_untouched(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """:func:`is_plain` for a module without a weight of its own."""
+    if module is None or type(module) is not kind:
+        return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks and type(module.weight) in (Tensor, nn.Parameter)
+    return not hooks and "forward" not in vars(module)
 
 
 class Attention(nn.Module):
@@ -97,10 +105,13 @@ class ViTBlock(nn.Module):
 
 
 def add_and_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + gate * branch and its LayerNorm, both (B, N, D); gate (B, D), or None for 1."""
+    """x + gate * branch and its LayerNorm, both (B, N, D); gate (B, D), or None for 1. x may be wider than the others."""
     if is_plain(norm, nn.LayerNorm):
         return ops.gated_residual_layer_norm(x, branch, gate, norm.weight, norm.bias, norm.eps)
     x = x + (branch if gate is None else gate.unsqueeze(1) * branch)  # (B, N, D)
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor) and torch.promote_types(weight.dtype, x.dtype) == x.dtype:  # else torch refuses a wider x
+        return x, norm(x.to(weight.dtype))
     return x, norm(x)
 
 

@@ -236,7 +236,7 @@ class TexTok(PretrainedMixin, nn.Module):
         """
         if output not in ("float", "uint8"):
             raise InputError(f"output must be 'float' or 'uint8', got {output!r}")
-        latents = self._check_tokens(tokens)
+        latents = self._raw_latents(self._check_tokens(tokens).to(self.device))
         text = self.text_features(captions, len(latents)) if self.config.text_in_decoder else None
         if output == "uint8":
             return ops.unpatchify_uint8(self.decoder.patches(latents, text), self.config.patch_size)
@@ -342,11 +342,17 @@ class TexTok(PretrainedMixin, nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.queries.dtype
 
+    def _raw_latents(self, tokens: Tensor) -> Tensor:
+        """Checked tokens (B, N, d) or indices (B, N) on the model's device -> raw latents (B, N, d)."""
+        if tokens.dtype == torch.int64:
+            return self.bottleneck.latents_from_indices(tokens).to(self.dtype)
+        return self.denormalize(tokens.to(self.dtype))
+
     def _check_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens or indices -> raw latents (B, N, d)."""
+        """Tokens or indices as a plain tensor, checked where they are."""
         if not isinstance(tokens, Tensor):
             raise InputError(f"tokens must be a tensor, got {type(tokens).__name__}")
-        tokens = tokens.as_subclass(Tensor).to(self.device)
+        tokens = tokens.as_subclass(Tensor)
         n, d = self.config.num_tokens, self.config.latent_dim
         if tokens.dtype == torch.int64 and self.bottleneck.codebook_size:
             if tokens.ndim != 2 or tokens.shape[1] != n:
@@ -354,13 +360,13 @@ class TexTok(PretrainedMixin, nn.Module):
             size = self.bottleneck.codebook_size
             if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
                 raise InputError(f"token indices must be in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}")
-            return self.bottleneck.latents_from_indices(tokens).to(self.dtype)
+            return tokens
         if not tokens.is_floating_point() or tokens.ndim != 3 or tuple(tokens.shape[1:]) != (n, d):
             also = f" or int64 indices (B, {n})" if self.bottleneck.codebook_size else ""
             raise InputError(f"tokens must be float (B, {n}, {d}){also}, got {tokens.dtype} {tuple(tokens.shape)}")
         if not bool(torch.isfinite(tokens).all()):
             raise InputError("tokens contain NaN or infinity")
-        return self.denormalize(tokens.to(self.dtype))
+        return tokens
 
 
 def as_image_tensor(images: Images) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from textok_fast.ops import dispatch
+from textok_fast.ops.packed import PRECISIONS
 
 # Arguments as an operation's rules see them, of typical shapes: DiT-XL over 32 tokens of 16 channels, uint8 pictures.
 _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, ...]]] = {
@@ -53,4 +54,6 @@ def choices(device: torch.device | str) -> dict[str, dict[str, str]]:
 
             for operation, arguments in _EXAMPLES.items():
                 found.setdefault(operation, {})[name] = dispatch.choose(operation, *arguments(new, device))
+        int8 = PRECISIONS.index("int8")  # a dtype of packed weights only
+        found["packed_linear"]["int8"] = dispatch.choose("packed_linear", torch.empty(4608, 1152, device=device), int8, 64)
     return found

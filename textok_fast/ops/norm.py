@@ -1,5 +1,9 @@
 """LayerNorm joined to what stands around it: adaLN's modulation, the gated residual before it, an affine transformation.
 
+The residual stream x may be float32 where everything else is bfloat16 or float16: many branches are added to it one after the
+other, and each sum in bfloat16 would cost it half a unit in the eighth bit. It is then read, summed and written in float32, and
+what a LayerNorm gives to a product has the dtype of its scale (its weight).
+
 Backends: ``native`` (csrc: CPU in float32 and bfloat16, CUDA), ``triton`` (any float dtypes), ``reference``.
 """
 
@@ -30,7 +34,8 @@ from textok_fast.ops.library import (
 def layer_norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """:func:`layer_norm_modulate` in PyTorch."""
     normalized = F.layer_norm(x, (x.shape[-1],), eps=eps)  # (B, N, D)
-    return (normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
+    factor, added = 1 + _widened(scale, x).unsqueeze(1), _widened(shift, x).unsqueeze(1)  # each (B, 1, D)
+    return (normalized * factor + added).to(_normalized_dtype(x, scale))
 
 
 def gated_residual_layer_norm_modulate_reference(
@@ -46,11 +51,23 @@ def gated_residual_layer_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual_layer_norm` in PyTorch."""
     residual = _add_branch(x, branch, gate)  # (B, N, D)
-    return residual, F.layer_norm(residual, (x.shape[-1],), weight, bias, eps).to(x.dtype)
+    hidden = F.layer_norm(residual, (x.shape[-1],), _widened(weight, x), _widened(bias, x), eps)  # (B, N, D)
+    return residual, hidden.to(_normalized_dtype(x, weight))
 
 
 def _add_branch(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    return (x + (branch if gate is None else gate.unsqueeze(1) * branch)).to(x.dtype)  # (B, N, D)
+    branch = _widened(branch, x)
+    return (x + (branch if gate is None else _widened(gate, x).unsqueeze(1) * branch)).to(x.dtype)  # (B, N, D)
+
+
+def _widened(tensor: Tensor, x: Tensor) -> Tensor:
+    """In ``x``'s dtype where that is the wider one, so that nothing is rounded before it meets the residual stream."""
+    return tensor.to(torch.promote_types(tensor.dtype, x.dtype))
+
+
+def _normalized_dtype(x: Tensor, scale: Tensor) -> torch.dtype:
+    mixed = x.dtype == torch.float32 and scale.dtype in (torch.bfloat16, torch.float16)
+    return scale.dtype if mixed else x.dtype
 
 
 # -- public functions --------------------------------------------------------------------------------------------------------
@@ -70,7 +87,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
         shift, scale: (B, D), one row a sample, read in place: views of a chunk or of a table's row.
         fp8: quantize each row for an FP8 product. Without gradient.
 
-    Returns: (B, N, D) in ``x``'s dtype; with ``fp8`` :class:`RowScaled` of (B, N, D) and (B, N).
+    Returns: (B, N, D) in ``x``'s dtype, or for a float32 ``x`` with a bfloat16 or float16 ``scale`` in that of ``scale``; with
+        ``fp8`` :class:`RowScaled` of (B, N, D) and (B, N). Gradients have their input's dtype.
     Raises: InputError for shapes that do not belong together.
     """
     _check(x, shift=shift, scale=scale)
@@ -111,8 +129,8 @@ def gated_residual_layer_norm_modulate(
         gate, shift, scale: (B, D), one row a sample, read in place. No gate: r = x + branch.
         fp8: quantize each row of h for an FP8 product. Without gradient.
 
-    Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D), which with ``fp8`` is
-        :class:`RowScaled` of (B, N, D) and (B, N).
+    Returns: the residual stream (B, N, D) in ``x``'s dtype and the normalized branch input (B, N, D), whose dtype is as in
+        :func:`layer_norm_modulate`; with ``fp8`` it is :class:`RowScaled` of (B, N, D) and (B, N).
     Raises: InputError for shapes that do not belong together.
     """
     _check(x, branch, gate=gate, shift=shift, scale=scale)
@@ -161,8 +179,10 @@ def gated_residual_layer_norm(
         weight, bias: (D,).
         fp8: quantize each row of h for an FP8 product. Without gradient.
 
-    Returns: the residual stream (B, N, D) and the normalized branch input (B, N, D), which with ``fp8`` is
-        :class:`RowScaled` of (B, N, D) and (B, N).
+    Returns: the residual stream (B, N, D) in ``x``'s dtype and the normalized branch input (B, N, D), in ``x``'s dtype or, for
+        a float32 ``x`` with a bfloat16 or float16 ``weight``, in that of ``weight`` (so float32 weights keep what follows in
+        float32, as in training under autocast, which converts it itself); with ``fp8`` it is :class:`RowScaled` of (B, N, D)
+        and (B, N).
     Raises: InputError for shapes that do not belong together.
     """
     _check(x, branch, gate=gate)
@@ -204,10 +224,15 @@ def _native_rule(x: Tensor, *others: Tensor | None) -> str:
     if reason := native_runs_on(x):
         return reason
     given = [tensor for tensor in others if tensor is not None]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.bfloat16)
-    if x.dtype not in dtypes or any(tensor.dtype != x.dtype for tensor in given):
-        also = f"{describe(x)} with {[str(tensor.dtype) for tensor in given]}"
-        return f"it takes float32 or bfloat16 (on a GPU also float16), all the same, got {also}"
+    found = {tensor.dtype for tensor in given}
+    if x.is_cuda:
+        fits, wants = x.dtype in (torch.float32, torch.bfloat16, torch.float16), "float32, bfloat16 or float16, all the same"
+        fits = fits and found == {x.dtype}
+    else:
+        fits = x.dtype in (torch.float32, torch.bfloat16) and found in ({x.dtype}, {torch.bfloat16})
+        wants = "float32 or bfloat16, all the same, or x in float32 and all others in bfloat16"
+    if not fits:
+        return f"on {x.device.type} it takes {wants}, got {describe(x)} with {[str(tensor.dtype) for tensor in given]}"
     return "" if one_device(x, *given) else "the tensors lie on different devices"
 
 
@@ -240,8 +265,13 @@ for _name in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
 # -- torch.library -----------------------------------------------------------------------------------------------------------
 
 
+def normalized_like(x: Tensor, scale: Tensor) -> Tensor:
+    """Room for the normalized result, contiguous."""
+    return x.new_empty(x.shape, dtype=_normalized_dtype(x, scale))
+
+
 def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return normalized_like(x, scale)
 
 
 def _fake_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -266,7 +296,7 @@ def _backward(namespace: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 def _fake_gated(
     x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, offset: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return x.new_empty(x.shape), normalized_like(x, scale)
 
 
 def _fake_gated_fp8(
@@ -294,6 +324,7 @@ def _fake_gated_backward(
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, branch, gate, _, scale, ctx.offset, ctx.eps = inputs
+    ctx.branch_dtype = branch.dtype
     # Without a gate the derivative does not read the branch, so it is not kept: the residual stands in its place.
     ctx.save_for_backward(output[0], output[0] if gate is None else branch, gate, scale)
 
@@ -304,7 +335,7 @@ def _backward_gated(namespace: Any, ctx: Any, grad_residual: Tensor, grad: Tenso
         grad_residual, grad, residual, branch, gate, scale, ctx.offset, ctx.eps
     )
     if gate is None:
-        return dx, dx, None, dshift, dscale, None, None
+        return dx, dx.to(ctx.branch_dtype), None, dshift, dscale, None, None
     return dx, dbranch, dgate, dshift, dscale, None, None
 
 

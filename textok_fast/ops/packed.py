@@ -1,7 +1,8 @@
 """Linear layers for inference on a CPU whose weights are brought once into the order in which the processor reads them.
 
 Backends: ``native`` (csrc), ``onednn`` (the library inside PyTorch), ``reference``. Packed weights are of one backend and one
-processor, so the backend is chosen when they are packed, and they are never stored.
+processor, so the backend is chosen when they are packed, and they are not for storing: native ones carry a mark of their
+layout, and are refused where another one is read; oneDNN's cannot be stored at all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textok_fast import _native
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch
 from textok_fast.ops.dispatch import REFERENCE, choose, describe, needs_gradient, register, without_autocast
@@ -144,7 +146,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, activation: str = "none") -> 
         activation: "none", "gelu" (exact) or "gelu_tanh".
 
     Returns: (..., out) in ``x``'s dtype. A NaN in x makes its row NaN; int8: an infinity too.
-    Raises: InputError for another shape, dtype or activation, and where a gradient is wanted.
+    Raises: InputError for another shape, dtype or activation, where a gradient is wanted, and, but for ``reference``, inside
+        torch.func and forward-mode differentiation; RuntimeError for a native weight that came from another kind of processor.
     """
     weight, scales, bias, inputs, outputs, precision, backend = packed
     if activation not in ACTIVATIONS:
@@ -158,6 +161,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, activation: str = "none") -> 
         raise InputError("packed weights have no gradient; call them under torch.no_grad()")
     if backend == REFERENCE:
         return packed_linear_reference(x, weight, scales, bias, activation)
+    if dispatch._is_transformed():  # derivatives would be zero without a word
+        raise InputError("packed weights have no rules for torch.func and forward-mode differentiation; pack for 'reference'")
     namespace = library(backend) if backend == "native" else getattr(torch.ops, ONEDNN)
     return namespace.packed_linear(x, weight, scales, bias, outputs, PRECISIONS.index(precision), activation)
 
@@ -217,12 +222,26 @@ def _onednn_rule(weight: Tensor, kind: int, rows: int) -> str:
 def _native_default(weight: Tensor, kind: int, rows: int) -> str:
     if _onednn_rule(weight, kind, rows):
         return ""
-    return "" if rows <= NATIVE_UP_TO[PRECISIONS[kind]] else "oneDNN is faster for so many rows"
+    return "" if rows <= _native_up_to(PRECISIONS[kind]) else "oneDNN is faster for so many rows"
 
 
-# Rows up to which the native products are chosen where oneDNN could run too. On one thread of an AVX-512 processor they took
-# 0.8 to 0.95 of its time up to 64 rows, as long at 128, 1.01 to 1.14 times as long from 256 on; in int8 always less.
-NATIVE_UP_TO: dict[str, float] = {"fp32": 128, "bf16": 128, "int8": math.inf}
+def _native_up_to(precision: str) -> float:
+    most = NATIVE_UP_TO.get(_native.load().info.get("kernels", ""), NATIVE_UP_TO["baseline"])[precision]
+    return min(most, NATIVE_UP_TO_BESIDE_AMX) if precision != "fp32" and torch.cpu._is_amx_tile_supported() else most
+
+
+# Rows up to which the native products are chosen where oneDNN could run too, by the native library's kernels. On one thread of
+# an AVX-512 processor they took 0.8 to 0.95 of its time up to 64 rows, as long at 128, 1.01 to 1.14 times as long from 256 on;
+# in int8 always less. With both kept to AVX2 there, fp32: 0.5 at 1 row, 0.73 at 32, 0.94 at 512. Where only the baseline runs
+# (ARM, or TEXTOK_ISA), and where oneDNN has bf16 or int8 beside AVX2, it knows more instructions than the kernels do.
+NATIVE_UP_TO: dict[str, dict[str, float]] = {
+    "avx512": {"fp32": 128, "bf16": 128, "int8": math.inf},
+    "avx2": {"fp32": math.inf, "bf16": 0, "int8": 0},
+    "baseline": {"fp32": 0, "bf16": 0, "int8": 0},
+}
+# At most, for bf16 and int8, where oneDNN has AMX: a tile has 16 rows, and up to half of it reading the weights should be what
+# takes the time. Not measured yet on such a processor.
+NATIVE_UP_TO_BESIDE_AMX = 8
 
 _RULES = {"native": _native_rule, "onednn": _onednn_rule}
 register("packed_linear", "native", _native_rule, default=_native_default)

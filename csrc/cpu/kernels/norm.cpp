@@ -94,7 +94,8 @@ inline Statistics statistics(float total_of_row, const float* copy, int64_t widt
   return {mean, 1.0f / square_root(squares / static_cast<float>(width) + eps)};
 }
 
-template <class T, bool kResidual, bool kGate, bool kStreaming>
+// X is the type of the residual stream, T that of everything else: the same, or float and OrderedBf16.
+template <class X, class T, bool kResidual, bool kGate, bool kStreaming>
 void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t width = a.width;
   const int64_t stride = scratch_stride(width);
@@ -103,7 +104,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scrat
   float* const shift = scratch + 2 * stride;
   float* const gate = scratch + 3 * stride;
   // In fp32 the row is read again from where it lies already, unless that is past the cache or ends within a pair.
-  const bool copies = sizeof(T) < sizeof(float) || (kResidual && kStreaming) || width % kStep != 0;
+  const bool copies = sizeof(X) < sizeof(float) || (kResidual && kStreaming) || width % kStep != 0;
   int64_t last_sample = -1;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / a.rows, row = index - sample * a.rows;
@@ -113,9 +114,9 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scrat
       if constexpr (kGate) copied(row_of<T>(a.gate, sample), 0, gate, width);
       last_sample = sample;
     }
-    const T* const x = row_of<T>(a.x, sample, row);
+    const X* const x = row_of<X>(a.x, sample, row);
     const T* const branch = kResidual ? row_of<T>(a.branch, sample, row) : nullptr;
-    T* const residual = kResidual ? static_cast<T*>(a.residual) + index * width : nullptr;
+    X* const residual = kResidual ? static_cast<X*>(a.residual) + index * width : nullptr;
     const float sum_of_row = total(width, [&](int64_t i, auto n) TEXTOK_INLINE {
       Pair r = load_pair(x + i, n);
       if constexpr (kResidual) {
@@ -126,10 +127,10 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scrat
       return r;
     });
     const float* values = copy;
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (sizeof(X) == sizeof(float)) {
       if (!copies) values = kResidual ? residual : x;
     }
-    const Statistics s = statistics<T>(sum_of_row, values, width, a.eps);
+    const Statistics s = statistics<X>(sum_of_row, values, width, a.eps);
     const Pair mean = set_pair(s.mean), inverse = set_pair(s.inverse);
     T* const out = static_cast<T*>(a.out) + index * width;
     each(width, [&](int64_t i, auto n) TEXTOK_INLINE {
@@ -140,23 +141,23 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end, float* scrat
   if constexpr (kStreaming) stream_done();
 }
 
-template <class T>
+template <class X, class T>
 void forward(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
   const bool residual = a.branch.data != nullptr, gate = a.gate.data != nullptr;
   if (a.streaming) {
-    (!residual ? forward_rows<T, false, false, true>
-     : gate    ? forward_rows<T, true, true, true>
-               : forward_rows<T, true, false, true>)(a, begin, end, scratch);
+    (!residual ? forward_rows<X, T, false, false, true>
+     : gate    ? forward_rows<X, T, true, true, true>
+               : forward_rows<X, T, true, false, true>)(a, begin, end, scratch);
   } else {
-    (!residual ? forward_rows<T, false, false, false>
-     : gate    ? forward_rows<T, true, true, false>
-               : forward_rows<T, true, false, false>)(a, begin, end, scratch);
+    (!residual ? forward_rows<X, T, false, false, false>
+     : gate    ? forward_rows<X, T, true, true, false>
+               : forward_rows<X, T, true, false, false>)(a, begin, end, scratch);
   }
 }
 
 // With y the normalized row, g = grad * (offset + scale) and means over the row:
 //   d/dr = (g - mean(g) - y mean(g y)) / std + grad_residual;  dx = d/dr, dbranch = gate d/dr
-template <class T, bool kResidual, bool kGate, bool kStreaming>
+template <class X, class T, bool kResidual, bool kGate, bool kStreaming>
 void backward_chunks(const NormBackward& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t width = a.width;
   const int64_t stride = scratch_stride(width);
@@ -182,15 +183,15 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end, float* s
     const int64_t first_row = (index - sample * a.chunks) * a.chunk_rows;
     const int64_t last_row = first_row + a.chunk_rows < a.rows ? first_row + a.chunk_rows : a.rows;
     for (int64_t row = first_row; row < last_row; ++row) {
-      const T* const r = row_of<T>(a.residual, sample, row);
+      const X* const r = row_of<X>(a.residual, sample, row);
       const float sum_of_row =
           total(width, [&](int64_t i, auto n) TEXTOK_INLINE { return store_pair(normalized + i, load_pair(r + i, n)); });
-      const Statistics s = statistics<T>(sum_of_row, normalized, width, a.eps);
+      const Statistics s = statistics<X>(sum_of_row, normalized, width, a.eps);
       const Pair mean = set_pair(s.mean), inverse = set_pair(s.inverse);
       const T* const grad = row_of<T>(a.grad, sample, row);
       Pair products = set_pair(0);
       const float sum_of_scaled = total(width, [&](int64_t i, auto n) TEXTOK_INLINE {
-        const Pair y = store_pair(normalized + i, keep((load_pair(normalized + i) - mean) * inverse, n, T{}));
+        const Pair y = store_pair(normalized + i, keep((load_pair(normalized + i) - mean) * inverse, n, X{}));
         const Pair g = load_pair(grad + i, n);
         const Pair gs = store_pair(scaled + i, g * load_pair(factor + i));
         store_pair(dshift + i, load_pair(dshift + i) + g);
@@ -201,9 +202,9 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end, float* s
       const float numbers = static_cast<float>(width);
       const Pair mean_scaled = set_pair(sum_of_scaled / numbers), mean_product = set_pair(sum(products) / numbers);
       const int64_t at = (sample * a.rows + row) * width;
-      T* const dx = static_cast<T*>(a.dx) + at;
+      X* const dx = static_cast<X*>(a.dx) + at;
       T* const dbranch = kGate ? static_cast<T*>(a.dbranch) + at : nullptr;
-      const T* const grad_residual = kResidual ? row_of<T>(a.grad_residual, sample, row) : nullptr;
+      const X* const grad_residual = kResidual ? row_of<X>(a.grad_residual, sample, row) : nullptr;
       const T* const branch = kGate ? row_of<T>(a.branch, sample, row) : nullptr;
       each(width, [&](int64_t i, auto n) TEXTOK_INLINE {
         Pair d = (load_pair(scaled + i) - mean_scaled - load_pair(normalized + i) * mean_product) * inverse;
@@ -219,17 +220,17 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end, float* s
   if constexpr (kStreaming) stream_done();
 }
 
-template <class T>
+template <class X, class T>
 void backward(const NormBackward& a, int64_t begin, int64_t end, float* scratch) {
   const bool residual = a.grad_residual.data != nullptr, gate = a.gate.data != nullptr;
   if (a.streaming) {
-    (!residual ? backward_chunks<T, false, false, true>
-     : gate    ? backward_chunks<T, true, true, true>
-               : backward_chunks<T, true, false, true>)(a, begin, end, scratch);
+    (!residual ? backward_chunks<X, T, false, false, true>
+     : gate    ? backward_chunks<X, T, true, true, true>
+               : backward_chunks<X, T, true, false, true>)(a, begin, end, scratch);
   } else {
-    (!residual ? backward_chunks<T, false, false, false>
-     : gate    ? backward_chunks<T, true, true, false>
-               : backward_chunks<T, true, false, false>)(a, begin, end, scratch);
+    (!residual ? backward_chunks<X, T, false, false, false>
+     : gate    ? backward_chunks<X, T, true, true, false>
+               : backward_chunks<X, T, true, false, false>)(a, begin, end, scratch);
   }
 }
 
@@ -250,8 +251,9 @@ void reduce(const float* partial, void* out, int64_t chunks, int64_t width, int6
 }  // namespace
 
 const NormKernels TEXTOK_TABLE(norm) = {
-    {&forward<float>, &backward<float>, &reduce<float>},
-    {&forward<bf16>, &backward<bf16>, &reduce<bf16>},
+    {&forward<float, float>, &backward<float, float>, &reduce<float>},
+    {&forward<bf16, bf16>, &backward<bf16, bf16>, &reduce<bf16>},
+    {&forward<float, OrderedBf16>, &backward<float, OrderedBf16>, &reduce<OrderedBf16>},
 };
 
 }  // namespace textok_fast

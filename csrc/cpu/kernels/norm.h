@@ -1,4 +1,5 @@
-// The kernels of norm.cpp. Tensors are float or bf16 by the kernel; strides are in elements; a row's numbers lie together.
+// The kernels of norm.cpp. Tensors are float or bf16 by the kernel, or the residual stream (x, residual, grad_residual, dx) is float
+// and all others bf16; strides are in elements; a row's numbers lie together.
 
 #pragma once
 
@@ -53,7 +54,7 @@ struct NormFunctions {
 };
 
 struct NormKernels {
-  NormFunctions fp32, bf16;
+  NormFunctions fp32, bf16, mixed;
 };
 
 extern const NormKernels norm_baseline, norm_avx2, norm_avx512;

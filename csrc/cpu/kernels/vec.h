@@ -374,6 +374,18 @@ inline Pair store_pair(bf16* p, Pair x) {
 inline Pair stream_pair(bf16* p, Pair x) { return store_pair(p, x); }
 #endif
 
+#endif
+
+// bf16 beside fp32 rows: its pairs have their numbers in the order in which they lie, as those of fp32 have.
+struct OrderedBf16 {
+  bf16 number;
+};
+
+inline Pair load_pair(const OrderedBf16* p) { return {load(&p->number), load(&p[kLanes].number)}; }
+inline Pair store_pair(OrderedBf16* p, Pair x) { return {store(&p->number, x.a), store(&p[kLanes].number, x.b)}; }
+inline Pair stream_pair(OrderedBf16* p, Pair x) { return {stream(&p->number, x.a), stream(&p[kLanes].number, x.b)}; }
+
+// Where nothing above has a mask for it.
 template <class T>
 inline Pair load_pair(const T* p, int count) {
   T numbers[2 * kLanes] = {};
@@ -387,8 +399,6 @@ inline Pair store_pair(T* p, Pair x, int count) {
   for (int i = 0; i < count; ++i) p[i] = numbers[i];
   return stored;
 }
-
-#endif
 
 inline Vec keep_at_most(Vec a, int count) { return count >= kLanes ? a : keep(a, count); }
 inline Pair keep(Pair x, int count, float) { return {keep_at_most(x.a, count), count > kLanes ? keep(x.b, count - kLanes) : set(0)}; }

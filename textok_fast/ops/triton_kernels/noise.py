@@ -37,7 +37,8 @@ def _box_muller(first, second):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def seeded_normal_kernel(seeds_ptr, draw_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    sample, block = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(size, 4 * BLOCK)  # of a sample
+    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     group = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
     zero = group * 0
     draw = tl.load(draw_ptr).to(tl.uint32) + zero
@@ -52,8 +53,9 @@ def seeded_normal_kernel(seeds_ptr, draw_ptr, out_ptr, size, BLOCK: tl.constexpr
 def seeded_normal(seeds: Tensor, draw: Tensor, shape: Sequence[int]) -> Tensor:
     out = torch.empty((seeds.shape[0], *shape), dtype=torch.float32, device=seeds.device)
     size = math.prod(shape)
+    programs = seeds.shape[0] * triton.cdiv(size, 4 * BLOCK)  # on the grid's one axis that is not limited to 65,535
     with torch.cuda.device_of(seeds):
-        seeded_normal_kernel[(seeds.shape[0], triton.cdiv(size, 4 * BLOCK))](seeds.contiguous(), draw, out, size, BLOCK=BLOCK)
+        seeded_normal_kernel[(programs,)](seeds.contiguous(), draw, out, size, BLOCK=BLOCK)
     return out
 
 

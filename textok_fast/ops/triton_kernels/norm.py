@@ -3,7 +3,8 @@
 A row is held in registers in pieces, whose number times a power of two comes close to D (1,152 = 9 * 128, 768 = 3 * 256), so
 that few lanes idle. Forward, a program is one row, and up to 1,280 channels one warp, whose sums need no barrier. Backward, a
 program is a chunk of rows of one sample, for which it sums the gradients of shift, scale and gate; torch adds up the chunks.
-Arithmetic is in float32, the variance is that of the centred row (two passes over registers).
+Arithmetic is in float32, the variance is that of the centred row (two passes over registers). Every tensor is read and written
+in its own dtype, so that the residual stream may be float32 beside bfloat16.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -23,6 +24,7 @@ from textok_fast.errors import InputError
 from textok_fast.ops.aot import AotCase
 from textok_fast.ops.fp8 import E4M3_MAX, lacks_e4m3
 from textok_fast.ops.library import implement_triton
+from textok_fast.ops.norm import normalized_like
 
 # -- shapes ------------------------------------------------------------------------------------------------------------------
 
@@ -441,7 +443,7 @@ def _backward(
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``textok_fast_triton::layer_norm_modulate``."""
-    hidden = x.new_empty(x.shape)
+    hidden = normalized_like(x, scale)
     _forward(x, None, None, shift, scale, 1.0, eps, hidden)
     return hidden
 
@@ -463,7 +465,7 @@ def gated_residual_layer_norm_modulate(
     x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, offset: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``textok_fast_triton::gated_residual_layer_norm_modulate``."""
-    hidden = x.new_empty(x.shape)
+    hidden = normalized_like(x, scale)
     return _forward(x, branch, gate, shift, scale, offset, eps, hidden), hidden
 
 
@@ -503,21 +505,24 @@ implement_triton("gated_residual_layer_norm_modulate_backward", gated_residual_l
 # -- ahead of time -----------------------------------------------------------------------------------------------------------
 
 
-def _case(width: int, dtype: str, name: str, branch: bool, gate: bool, kind: str) -> AotCase:
-    """Contiguous x and branch, modulation out of one matrix; all tensors of one dtype ("fp32" or "bf16")."""
+def _case(width: int, label: str, name: str, branch: bool, gate: bool, kind: str) -> AotCase:
+    """Contiguous x and branch, modulation out of one matrix; all tensors of one dtype ("fp32" or "bf16"), or with
+    "bf16 on fp32" the residual stream in fp32 and all else in bf16."""
     kernel = norm_backward if kind == "backward" else norm_forward
     options = (
         backward_options(width, branch, gate) if kind == "backward" else forward_options(width, branch, gate, kind == "fp8")
     )
     warps = options.pop("num_warps")
-    types = {"row_scale_ptr": "*fp32", "partial_ptr": "*fp32", "offset": "fp32", "eps": "fp32"}
+    dtype, _, stream = label.partition(" on ")
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "grad_residual_ptr", "dx_ptr"), f"*{stream or dtype}")
+    types |= {"row_scale_ptr": "*fp32", "partial_ptr": "*fp32", "offset": "fp32", "eps": "fp32"}
     if kind == "fp8":
         types["hidden_ptr"] = "*fp8e4nv"
     arguments = [argument for argument in kernel.arg_names if argument not in options]
     signature = {argument: types.get(argument, f"*{dtype}" if argument.endswith("_ptr") else "i32") for argument in arguments}
     aligned = tuple(argument for argument in arguments if argument.endswith(("_ptr", "_sample", "_row")))
     return AotCase(
-        f"{name} {kind} {width} {dtype}",
+        f"{name} {kind} {width} {label}",
         kernel,
         signature,
         options,
@@ -528,13 +533,13 @@ def _case(width: int, dtype: str, name: str, branch: bool, gate: bool, kind: str
 
 
 AOT = [
-    _case(width, dtype, name, branch, gate, kind)
+    _case(width, label, name, branch, gate, kind)
     for width, name, branch, gate in (
         (1152, "modulated", False, False),  # DiT-XL
         (1152, "gated", True, True),
         (768, "gated", True, True),  # DiT-B
         (768, "residual", True, False),  # TexTok-B's transformers
     )
-    for dtype in ("fp32", "bf16")
+    for label in ("fp32", "bf16", "bf16 on fp32")
     for kind in ("forward", "fp8", "backward")
 ]
