@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from textok_fast import ops
 from textok_fast.config import GeneratorTrainConfig, to_dict
 from textok_fast.data import CaptionedImages, load_dataset
 from textok_fast.data.token_cache import TokenDataset, collate_tokens, write_token_shards
-from textok_fast.diffusion import GaussianDiffusion, build_process, noise_for_seeds, sample
+from textok_fast.diffusion import GaussianDiffusion, build_process, sample
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.modeling.dit import DiT
@@ -78,10 +79,12 @@ class GeneratorTask:
         classes = torch.tensor([example.label for example in examples], device=rng.device)  # (B,)
         labels = classes if config.num_classes else None
         text = self.tokenizer.text_features(captions, len(captions)) if config.text_dim else None
+        seeds = torch.arange(len(examples), device=rng.device)  # (B,)
+        draw = torch.zeros(1, dtype=torch.int64, device=rng.device)  # the initial noise, as a pipeline draws it
         tokens = sample(
             "euler" if self.config.objective == "flow" else "ddim",
             lambda x, t: self.model(x, t, labels, text),
-            noise_for_seeds(range(len(examples)), (config.num_tokens, config.in_channels), rng.device),
+            ops.seeded_normal(seeds, draw, (config.num_tokens, config.in_channels)),  # (B, N, d)
             PREVIEW_STEPS,
             self.process,
         )  # (B, N, d)
