@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from textok_fast.evaluation.roofline import machine_info, resolve_device
+from textok_fast.evaluation.provenance import machine_info
+from textok_fast.ops.device import resolve_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ EXTENSIONS = {"bf16": "bf16", "int8": "vnni"}
 
 def collect() -> dict[str, Any]:
     """Versions, the machine, the extras with what each lacks, the native library and the caches; JSON-ready."""
-    from textok_fast.evaluation.roofline import machine_info
+    from textok_fast.evaluation.provenance import machine_info
 
     native = _native.load()
     operations, forced = _operations()

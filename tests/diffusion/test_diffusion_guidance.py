@@ -16,7 +16,6 @@ from textok_fast.diffusion import (
     generators_for_seeds,
     guided,
     merge_conditions,
-    noise_for_seeds,
     sample,
 )
 from textok_fast.errors import InputError
@@ -134,14 +133,18 @@ def test_merging_of_structured_conditions() -> None:
 # -- seeds --------------------------------------------------------------------------------------------------------------
 
 
+def noise_for_seeds(seeds: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return draw_noise((len(seeds), 5, 6), generators_for_seeds(seeds), "cpu", dtype)
+
+
 def test_noise_of_a_seed_does_not_depend_on_its_batch() -> None:
-    together = noise_for_seeds([3, 1, 4, 1], (5, 6))
+    together = noise_for_seeds([3, 1, 4, 1])
     assert together.shape == (4, 5, 6)
     for row, seed in enumerate([3, 1, 4, 1]):
-        assert torch.equal(together[row], noise_for_seeds([seed], (5, 6))[0])
+        assert torch.equal(together[row], noise_for_seeds([seed])[0])
     assert torch.equal(together[1], together[3]) and not torch.equal(together[0], together[1])
-    assert torch.equal(noise_for_seeds([3], (5, 6), dtype=torch.bfloat16), together[:1].bfloat16())
-    assert noise_for_seeds([], (5, 6)).shape == (0, 5, 6)
+    assert torch.equal(noise_for_seeds([3], torch.bfloat16), together[:1].bfloat16())
+    assert noise_for_seeds([]).shape == (0, 5, 6)
     # A seed means what it means to torch.
     assert torch.equal(together[0], torch.randn(5, 6, generator=torch.Generator().manual_seed(3)))
 
@@ -152,7 +155,7 @@ def test_picture_of_a_seed_does_not_depend_on_its_batch(name: str, options: dict
         return torch.cat((0.4 * x, torch.zeros_like(x)), 2)
 
     def run(seeds: list[int]) -> Tensor:
-        noise, others = noise_for_seeds(seeds, (5, 6)), generators_for_seeds([1000 + seed for seed in seeds])
+        noise, others = noise_for_seeds(seeds), generators_for_seeds([1000 + seed for seed in seeds])
         return sample(name, model, noise, 10, GaussianDiffusion(), others, **options)
 
     together = run([11, 12, 13])

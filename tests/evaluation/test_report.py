@@ -18,7 +18,8 @@ from PIL import Image
 from textok_fast.errors import InputError
 from textok_fast.evaluation import DemoResults, StepTimesConfig, StepTimesResult, render_report, write_report
 from textok_fast.evaluation.plots import Level, Series, line_plot
-from textok_fast.evaluation.roofline import Ceilings, machine_info
+from textok_fast.evaluation.provenance import machine_info
+from textok_fast.evaluation.roofline import Ceilings
 from textok_fast.evaluation.step_times import Spread, StepTimesRatio, StepTimesRow
 from textok_fast.pictures import image_grid
 

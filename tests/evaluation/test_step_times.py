@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_the_rounds_that_were_finished(tmp_path: Path, monkeypatch
         finished += line.startswith("fp32 batch 1: round 3")
 
     monkeypatch.setattr(step_times, "time_call", interrupted)
-    monkeypatch.setattr(step_times, "_silent", say)
+    monkeypatch.setattr(step_times, "reporter", lambda progress: say)
     path = tmp_path / "run.json"
     with pytest.raises(KeyboardInterrupt):
         run_step_times(config, progress=False, on_result=lambda result: save(result, path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textok_fast.diffusion.flow import FlowMatching
 from textok_fast.diffusion.gaussian import GaussianDiffusion, MeanVariance
 from textok_fast.diffusion.guidance import GuidedModel, classifier_free_guidance, guided, merge_conditions
-from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_seeds, noise_for_seeds
+from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_seeds
 from textok_fast.diffusion.process import Objective, Process, build_process
 from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, sampler_program
 from textok_fast.diffusion.samplers import (
@@ -42,7 +42,6 @@ __all__ = [
     "generators_for_seeds",
     "guided",
     "merge_conditions",
-    "noise_for_seeds",
     "respaced_timesteps",
     "run_program",
     "sample",

@@ -31,16 +31,6 @@ def generators_for_seeds(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def noise_for_seeds(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Initial noise (B, *shape), sample i drawn from seed i alone. ``shape`` is one sample's: (N, d) or (C, H, W)."""
-    return draw_noise((len(seeds), *shape), generators_for_seeds(seeds), device, dtype)  # (B, *shape)
-
-
 def draw_noise(
     shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype, draw: int = 0
 ) -> Tensor:

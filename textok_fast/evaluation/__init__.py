@@ -1,8 +1,9 @@
 """Metrics, the machine's measured limits, the headline speed-up benchmark and the demo's report."""
 
 from textok_fast.evaluation.metrics import psnr, reconstruction_metrics, ssim
+from textok_fast.evaluation.provenance import machine_info
 from textok_fast.evaluation.report import DemoResults, render_report, write_report
-from textok_fast.evaluation.roofline import Ceilings, count_flops, machine_info, measure_ceilings
+from textok_fast.evaluation.roofline import Ceilings, count_flops, measure_ceilings
 from textok_fast.evaluation.step_times import (
     PUBLISHED_SPEEDUP,
     StepTimesConfig,

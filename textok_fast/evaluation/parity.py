@@ -8,10 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from textok_fast.config import GENERATOR_SIZES, TexTokConfig
 from textok_fast.diffusion import FlowMatching, Process, guided, sample
 from textok_fast.errors import InputError
-from textok_fast.evaluation.roofline import machine_info, use_threads
+from textok_fast.evaluation.provenance import provenance, reporter
+from textok_fast.evaluation.roofline import use_threads
 from textok_fast.evaluation.step_times import network_config, step_inputs
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import load_pipeline, seeded_noise
@@ -202,7 +201,7 @@ def run_parity(config: ParityConfig, command: str | None = None, progress: bool 
     Raises InputError for a folder that holds no generator, and for a sampler that does not suit it.
     """
     device = resolve_device(config.device)
-    say: Callable[[str], None] = _say if progress else _silent
+    say = reporter(progress)
     with use_threads(config.threads), torch.inference_mode():
         subject = _trained(config, device) if config.model else _random(config, device)
         say(f"{subject.name}: the forward in float64")
@@ -218,9 +217,7 @@ def run_parity(config: ParityConfig, command: str | None = None, progress: bool 
         options=options,
         skipped=skipped,
         device=str(device),
-        machine=machine_info(),
-        command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(command),
     )
 
 
@@ -435,14 +432,6 @@ def _decoder(subject: _Subject) -> Callable[[Tensor], Tensor] | None:
             return tokenizer.decode(tokens.float())
 
     return decode
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _silent(text: str) -> None:
-    del text
 
 
 def _decibel(value: float) -> str:

@@ -26,7 +26,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -38,7 +37,8 @@ from torch.nn import functional as F
 from textok_fast import ops
 from textok_fast.config import GENERATOR_SIZES, DiTConfig
 from textok_fast.errors import InputError
-from textok_fast.evaluation.roofline import count_flops, machine_info, measure_ceilings, time_call, use_threads
+from textok_fast.evaluation.provenance import provenance, reporter
+from textok_fast.evaluation.roofline import count_flops, measure_ceilings, time_call, use_threads
 from textok_fast.evaluation.step_times import Spread, StepTimesConfig, build_networks, network_config, step_inputs
 from textok_fast.files import save_tensors
 from textok_fast.modeling.dit import DiT, timestep_features
@@ -214,7 +214,7 @@ def run_peers(
     model's size in float32.
     """
     started, device = time.perf_counter(), resolve_device(config.device)
-    say: Callable[[str], None] = _say if progress else _silent
+    say = reporter(progress)
     peers = list(config.peers or PEERS)
     threads = config.threads if device.type == "cpu" else config.threads[:1]
     result = PeersResult(
@@ -222,11 +222,9 @@ def run_peers(
         rows=[],
         skipped=[],
         ceilings=[],
-        machine=machine_info(),
+        **provenance(command),
         versions=_versions(peers),
         device=str(device),
-        command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     able: dict[str, list[str]] = {}  # precision -> who can
     for precision in config.precisions:
@@ -533,14 +531,6 @@ def _versions(peers: list[str]) -> dict[str, str]:
 def _case_label(case: tuple[int, str, int, int, str]) -> str:
     tokens, precision, threads, batch, modulation = case
     return f"{tokens} tokens, {precision}, {threads} thread(s), batch {batch}, modulation {modulation}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _silent(text: str) -> None:
-    del text
 
 
 def _markdown(result: PeersResult) -> str:

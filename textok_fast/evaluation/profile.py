@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from torch.profiler import profile as torch_profile
 
 from textok_fast.config import GENERATOR_SIZES, TOKENIZER_SIZES, TexTokConfig
 from textok_fast.errors import InputError
-from textok_fast.evaluation.roofline import DTYPES, machine_info, time_call, use_threads
+from textok_fast.evaluation.provenance import provenance
+from textok_fast.evaluation.roofline import DTYPES, time_call, use_threads
 from textok_fast.evaluation.step_times import StepTimesConfig, build_networks, step_inputs
 from textok_fast.files import write_atomically, write_text
 from textok_fast.inference.engine import Engine
@@ -173,9 +172,7 @@ def run_profile(config: ProfileConfig, command: str | None = None) -> ProfileRes
         table=str(out / "profile.md"),
         device=str(device),
         threads=threads,
-        machine=machine_info(),
-        command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(command),
     )
     write_text(out / "profile.md", result.to_markdown())
     return result

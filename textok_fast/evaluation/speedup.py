@@ -14,11 +14,9 @@ import gc
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,8 @@ import torch
 from textok_fast.config import GENERATOR_SIZES
 from textok_fast.errors import InputError
 from textok_fast.evaluation.energy import Energy
-from textok_fast.evaluation.roofline import Ceilings, machine_info, measure_ceilings, time_call, use_threads
+from textok_fast.evaluation.provenance import provenance, reporter
+from textok_fast.evaluation.roofline import Ceilings, measure_ceilings, time_call, use_threads
 from textok_fast.evaluation.step_times import PUBLISHED_CLAIM, PUBLISHED_SPEEDUP
 from textok_fast.evaluation.systems import FORMS, PRECISIONS, SAMPLERS, Bench, Loop, StepCost, System, step_cost, system_named
 from textok_fast.inference.memory import available_memory, format_bytes
@@ -291,14 +290,14 @@ def run_speedup(
     """
     started, device = time.perf_counter(), resolve_device(config.device)
     config = config.resolved(device)
-    say = _say if progress else _silent
+    say = reporter(progress)
     groups = [(precision, batch) for precision in config.precisions for batch in config.batch]
     rows: list[Row] = []
     skipped: list[Skipped] = []
     ceilings: dict[str, Ceilings] = {}
     deadline = started + config.time_budget_s
     with use_threads(config.threads) as threads, torch.no_grad():
-        machine = machine_info()
+        origin = provenance(command)
 
         def result(found: list[Row], complete: bool = False) -> SpeedupResult:
             made = SpeedupResult(
@@ -307,11 +306,9 @@ def run_speedup(
                 skipped=list(skipped),
                 ratios=ratios_of(found),
                 ceilings=list(ceilings.values()),
-                machine=machine,
+                **origin,
                 device=str(device),
                 threads=threads,
-                command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                date=datetime.now(UTC).isoformat(timespec="seconds"),
                 duration_s=time.perf_counter() - started,
                 complete=complete,
             )
@@ -746,11 +743,3 @@ def _refusal(error: Exception) -> str | None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    pass

@@ -12,11 +12,9 @@ import functools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,10 @@ from torch import Tensor, nn
 from textok_fast.config import GENERATOR_SIZES, DiTConfig
 from textok_fast.errors import InputError
 from textok_fast.evaluation.plots import Level, Series, line_plot
+from textok_fast.evaluation.provenance import provenance, reporter
 from textok_fast.evaluation.roofline import (
     Ceilings,
     count_flops,
-    machine_info,
     measure_ceilings,
     time_call,
     torch_dtype,
@@ -240,7 +238,7 @@ def run_step_times(
     activations of the largest count.
     """
     started, device = time.perf_counter(), resolve_device(config.device)
-    say = _say if progress else _silent
+    say = reporter(progress)
     ceilings: dict[str, Ceilings] = {}
     groups = [(dtype, batch) for dtype in config.dtypes for batch in config.batch]
     deadline = None if config.time_budget_s is None else started + config.time_budget_s
@@ -251,11 +249,9 @@ def run_step_times(
             rows=rows,
             ratios=_ratios(rows),
             ceilings=list(ceilings.values()),
-            machine=machine,
+            **origin,
             device=str(device),
             threads=threads,
-            command=command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
             duration_s=time.perf_counter() - started,
         )
         if rows and on_result is not None:
@@ -265,7 +261,7 @@ def run_step_times(
     rows: list[StepTimesRow] = []
     # The networks in their PyTorch form, on both sides; what our operations add is for benchmarks/test_dit_step.py to say.
     with use_threads(config.threads) as threads, torch.inference_mode(), use_backend("reference"):
-        machine = machine_info()
+        origin = provenance(command)
         for dtype in config.dtypes:
             say(f"{dtype}: measuring the ceilings of {device}, {threads} thread(s)")
             ceilings[dtype] = measure_ceilings(device, dtype)
@@ -636,11 +632,3 @@ def load(path: str | Path) -> StepTimesResult:
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a result of the step-time benchmark")
     return StepTimesResult.from_dict(values)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    pass
