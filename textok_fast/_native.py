@@ -21,12 +21,14 @@ OPERATIONS = (  # what csrc/cpu/ops.cpp defines
     "layer_norm_modulate_backward",
     "gated_residual_layer_norm_modulate",
     "gated_residual_layer_norm_modulate_backward",
+    "attention",
     "patchify_uint8",
     "unpatchify_uint8",
     "vq_nearest",
     "guided_step",
     "pack_linear",
     "packed_linear",
+    "packed_block",
 )
 
 

@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(textok_fast, m) {
   m.def(
       "gated_residual_layer_norm_modulate_backward(Tensor grad_residual, Tensor grad, Tensor residual, Tensor branch, "
       "Tensor? gate, Tensor scale, float offset, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor");
   m.def("patchify_uint8(Tensor images, int patch_size, ScalarType dtype) -> Tensor");
   m.def("unpatchify_uint8(Tensor patches, int patch_size, int rows) -> Tensor");
   m.def("vq_nearest(Tensor x, Tensor codebook, bool normalize) -> Tensor");
@@ -25,6 +26,9 @@ STABLE_TORCH_LIBRARY(textok_fast, m) {
       "guided_step(Tensor output, Tensor x, Tensor? noise, Tensor table, Tensor index, int guided_channels, "
       "bool clip_denoised) -> Tensor");
   m.def("pack_linear(Tensor weight, int kind) -> Tensor");
+  m.def(
+      "packed_block(Tensor x, Tensor hidden, Tensor modulation, Tensor shift, Tensor scale, Tensor[] weights, int heads, "
+      "int kind, str activation, float eps) -> (Tensor, Tensor)");
   m.def(
       "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, int out_features, int kind, str activation) "
       "-> Tensor");
@@ -40,10 +44,12 @@ STABLE_TORCH_LIBRARY_IMPL(textok_fast, CPU, m) {
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward));
   m.impl("gated_residual_layer_norm_modulate", TORCH_BOX(&gated_residual_layer_norm_modulate));
   m.impl("gated_residual_layer_norm_modulate_backward", TORCH_BOX(&gated_residual_layer_norm_modulate_backward));
+  m.impl("attention", TORCH_BOX(&attention));
   m.impl("patchify_uint8", TORCH_BOX(&patchify_uint8));
   m.impl("unpatchify_uint8", TORCH_BOX(&unpatchify_uint8));
   m.impl("vq_nearest", TORCH_BOX(&vq_nearest));
   m.impl("guided_step", TORCH_BOX(&guided_step));
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("packed_block", TORCH_BOX(&packed_block));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
 }

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -53,6 +54,22 @@ Tensor packed_linear(
     int64_t out_features,
     int64_t kind,
     std::string activation);
+
+// attention.cpp
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask);
+
+// block.cpp
+std::tuple<Tensor, Tensor> packed_block(
+    const Tensor& x,
+    const Tensor& hidden,
+    const Tensor& modulation,
+    const Tensor& shift,
+    const Tensor& scale,
+    std::vector<Tensor> weights,
+    int64_t heads,
+    int64_t kind,
+    std::string activation,
+    double eps);
 
 // guided.cpp
 Tensor guided_step(

@@ -184,8 +184,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
         yield lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda:0")
 
 
-def test_the_cpu_gets_sdpa() -> None:
-    assert choose(torch.zeros(1, 4, 2, 8)) == choose(torch.zeros(1, 4, 2, 8), masked=True) == "sdpa"
+def test_what_the_native_kernel_does_not_take_gets_sdpa_on_a_cpu() -> None:
+    x = torch.zeros(1, 4, 2, 8, dtype=torch.float64)
+    assert choose(x) == choose(x, masked=True) == choose(x.half()) == "sdpa"
 
 
 def test_short_sequences_get_triton(gpu: Callable[..., Tensor]) -> None:

@@ -33,9 +33,9 @@ NAMESPACES = {"native": "textok_fast", "triton": "textok_fast_triton"}
 NORMS = {"layer_norm_modulate", "gated_residual_layer_norm_modulate"}
 PIXELS = {"patchify_uint8", "unpatchify_uint8", "vq_nearest"}
 # What runs fused in a DiT, and in a TexTok with a codebook over uint8 pictures.
-IN_DIT = {"native": NORMS, "triton": NORMS | {"attention", "linear_gelu"}, "reference": set()}
+IN_DIT = {"native": NORMS | {"attention"}, "triton": NORMS | {"attention", "linear_gelu"}, "reference": set()}
 IN_TEXTOK = {
-    "native": {"gated_residual_layer_norm_modulate"} | PIXELS,
+    "native": {"gated_residual_layer_norm_modulate", "attention"} | PIXELS,
     "triton": {"gated_residual_layer_norm_modulate", "attention", "linear_gelu"} | PIXELS,
     "reference": set(),
 }
@@ -234,12 +234,14 @@ def test_onnx_files_have_standard_operators_only(model: str, tmp_path: Path, mak
 
 def test_the_operations() -> None:
     norms = {f"{name}{kind}" for name in NORMS for kind in ("", "_fp8")}
-    products = {"linear_gelu", "quantize_rows", "activate_quantize_rows", "fp8_linear", "fp8_linear_fp8", "packed_linear"}
-    assert set(dispatch.operations()) == norms | products | PIXELS | {"attention", "guided_step", "seeded_normal"}
+    products = {"linear_gelu", "quantize_rows", "activate_quantize_rows", "fp8_linear", "fp8_linear_fp8"}
+    packed = {"packed_linear", "packed_block"}  # for CPUs
+    others = {"attention", "guided_step", "seeded_normal"}
+    assert set(dispatch.operations()) == norms | products | packed | PIXELS | others
     native = {name for name in dispatch.operations() if "native" in dispatch.backends(name)}
-    assert native == NORMS | PIXELS | {"guided_step", "packed_linear"}
+    assert native == NORMS | PIXELS | packed | {"attention", "guided_step"}
     triton = {name for name in dispatch.operations() if "triton" in dispatch.backends(name)}
-    assert triton == set(dispatch.operations()) - {"packed_linear"}  # which is for CPUs
+    assert triton == set(dispatch.operations()) - packed
     assert set(choices("cpu")) == set(dispatch.operations())  # what `textok-fast info` shows
 
 

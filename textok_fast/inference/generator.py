@@ -61,7 +61,7 @@ class GeneratorEngine:
         require_fits(estimate, f"the model in {plan.precision}", f"use {other}")
         with self._context():  # packed products are of the backend that is forced while they are packed
             self.model = prepare(model, plan.precision, device=self.device, products=plan.products)
-            self.modulation = StackedModulation(self.model, plan.products)
+            self.modulation = StackedModulation(self.model, plan.products, int8=plan.precision == "int8")
             # An error in what all blocks are modulated by is in every block the same: time and class are embedded in float32.
             for name in ("t_embedder", "y_embedder"):
                 if (part := getattr(model, name)) is not None:

@@ -63,6 +63,8 @@ def weights_estimate(
     weights = shared = 0
     for key, (name, tensor) in tensors.items():
         kind = torch.int8 if key in bytewise else dtype if tensor.is_floating_point() else tensor.dtype
+        if ADALN in name and precision == "int8" and packs:
+            kind = torch.bfloat16
         weights += tensor.numel() * kind.itemsize
         if key not in copied and ADALN not in name and tensor.device == device and tensor.dtype == kind:
             shared += tensor.nbytes

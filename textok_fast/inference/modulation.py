@@ -24,14 +24,15 @@ class StackedModulation(nn.Module):
     """The adaLN products of all blocks and the final layer of a DiT as one: (R, D) -> (R, L), L = (6 depth + 2) D.
 
     Takes the layers out of ``model``, which is to be an engine's own copy: nothing is held twice. Where somebody has replaced
-    one, or hung a hook on it, all of them are called one after the other instead.
+    one, or hung a hook on it, all of them are called one after the other instead. Beside int8 blocks (``int8``) the packed
+    product is of bfloat16: a third of the weights, which must not be four times as long as the others.
     """
 
     weight: Tensor | None
     bias: Tensor | None
     layers: nn.ModuleList | None
 
-    def __init__(self, model: DiT, products: str = "auto") -> None:
+    def __init__(self, model: DiT, products: str = "auto", int8: bool = False) -> None:
         super().__init__()
         self.depth, self.width = len(model.blocks), model.config.width
         self.columns = (6 * self.depth + 2) * self.width
@@ -54,7 +55,8 @@ class StackedModulation(nn.Module):
         del layers
         if weight.is_cpu and products != "reference":
             backend = None if products == "auto" else products
-            self.packed = ops.pack_linear(weight, bias, "bf16" if weight.dtype == torch.bfloat16 else "fp32", backend)
+            halves = int8 or weight.dtype == torch.bfloat16
+            self.packed = ops.pack_linear(weight, bias, "bf16" if halves else "fp32", backend)
             self.bytes = self.packed.nbytes
         else:
             self.weight, self.bias = weight, bias
@@ -72,8 +74,9 @@ class StackedModulation(nn.Module):
             if out is not None:
                 return torch.addmm(self.bias, activated, self.weight.t(), out=out)
             return F.linear(activated, self.weight, self.bias)  # (R, L)
-        rows = ops.packed_linear(activated, self.packed)  # (R, L)
-        return rows if out is None else out.copy_(rows)
+        kind = torch.bfloat16 if self.packed.precision == "bf16" else torch.float32
+        rows = ops.packed_linear(activated.to(kind), self.packed)  # (R, L)
+        return rows.to(self.dtype) if out is None else out.copy_(rows)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """(R, L), any row stride -> what ``DiT.modulation`` returns: each block's (R, 6 D), and last (R, 2 D). Views."""

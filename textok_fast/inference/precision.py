@@ -178,6 +178,35 @@ class PackedMlp(nn.Module):
         return self.fc2(self.fc1(x, self.activation))
 
 
+class PackedDiTBlock(nn.Module):
+    """``DiTBlock`` with packed weights, run as one operation. Not for one with cross-attention, nor one of changed parts."""
+
+    def __init__(self, block: DiTBlock, packed: ops.PackedBlock) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.adaLN_modulation = block.attn, block.mlp, block.adaLN_modulation
+        self.cross_norm, self.cross_attn = block.cross_norm, block.cross_attn
+        self.packed = packed
+
+    @classmethod
+    def of(cls, block: DiTBlock) -> PackedDiTBlock | None:
+        """What stands in the place of ``block``, whose layers are packed already; None where it must stay what it is."""
+        attn: Any = block.attn
+        mlp: Any = block.mlp
+        if not is_untouched(block, DiTBlock) or block.cross_attn is not None or not is_untouched(attn, Attention):
+            return None
+        layers = [attn.qkv, attn.proj, *((mlp.fc1, mlp.fc2) if isinstance(mlp, PackedMlp) else ())]
+        if len(layers) < 4 or not all(isinstance(layer, PackedLinear) for layer in layers):
+            return None
+        qkv, proj, fc1, fc2 = (layer.packed for layer in layers)
+        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, mlp.activation))
+
+    def forward(
+        self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``DiTBlock.forward``."""
+        return ops.packed_block(self.packed, x, hidden, modulation, *following)
+
+
 class SplitAttention(nn.Module):
     """``Attention`` with the queries' product apart, for a block of whose result only some rows are wanted."""
 
@@ -220,6 +249,10 @@ def _pack(model: nn.Module, make: Make) -> None:
             block.attn = SplitAttention(block.attn, make)  # type: ignore[assignment]
     for part in _blocks(model) or [model]:
         _replace(part, make)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, DiTBlock) and (whole := PackedDiTBlock.of(child)) is not None:
+                setattr(parent, name, whole)
 
 
 def _replace(module: nn.Module, make: Make) -> None:

@@ -254,7 +254,7 @@ class ConstantRows(nn.Module):
         self.heads = block.attn.heads
         self.register_buffer("qkv", block.attn.qkv(block.norm1(rows)), persistent=False)  # (1, n, 3 D)
         q, k, v = self.qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (1, n, H, D / H)
-        self.alone = alone and rows.is_cpu and choose("attention", q, k, v, None) == "sdpa"
+        self.alone = alone and rows.is_cpu and choose("attention", q, k, v, None) in ("native", "sdpa")
         if self.alone:
             out, log_sum = _attention_with_log_sum(q, k, v)
             self.register_buffer("out", out.float(), persistent=False)  # (1, n, H, D / H)

@@ -8,6 +8,7 @@ import torch
 
 from textok_fast.ops import dispatch
 from textok_fast.ops.attention import attention, short_attention
+from textok_fast.ops.block import PackedBlock, packed_block
 from textok_fast.ops.dispatch import use_backend
 from textok_fast.ops.fp8 import RowScaled, quantize_channels, quantize_rows
 from textok_fast.ops.guided import guided_step
@@ -19,6 +20,7 @@ from textok_fast.ops.patches import patchify, patchify_uint8, unpatchify, unpatc
 from textok_fast.ops.quantize import vq_nearest
 
 __all__ = [
+    "PackedBlock",
     "PackedWeight",
     "RowScaled",
     "attention",
@@ -29,6 +31,7 @@ __all__ = [
     "layer_norm_modulate",
     "linear_gelu",
     "pack_linear",
+    "packed_block",
     "packed_linear",
     "patchify",
     "patchify_uint8",

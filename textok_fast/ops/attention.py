@@ -1,8 +1,9 @@
 """Scaled dot-product attention over views of packed projections.
 
-Backends: ``triton`` (short sequences), ``flash`` (the flash-attn package, generation 2, 3 or 4, where it is installed),
-``sdpa`` (torch's own, which takes everything), ``reference`` (the formula, in float32 or wider). The last is a definition and
-slow, so it runs only where it is forced for this operation; exporters and ``use_backend("reference")`` get ``sdpa``.
+Backends: ``native`` (csrc: CPU), ``triton`` (short sequences), ``flash`` (the flash-attn package, generation 2, 3 or 4, where
+it is installed), ``sdpa`` (PyTorch's, which takes everything), ``reference`` (the formula, in float32 or wider). The last is a
+definition and slow, so it runs only where it is forced for this operation; exporters and ``use_backend("reference")`` get
+``sdpa``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textok_fast import _native
 from textok_fast.errors import InputError
 from textok_fast.ops import dispatch
 from textok_fast.ops.dispatch import (
@@ -29,7 +31,7 @@ from textok_fast.ops.dispatch import (
     register_backend,
     without_autocast,
 )
-from textok_fast.ops.library import define, library, triton_runs_on
+from textok_fast.ops.library import define, has_native, library, triton_runs_on
 
 MAX_KEYS = 256  # what the Triton kernel takes
 MAX_HEAD_DIM = 128
@@ -38,6 +40,11 @@ HALVES = (torch.bfloat16, torch.float16)
 # What is chosen without being forced. Nothing of it is measured yet: benchmarks/PENDING.md says how. In float32 Triton's exact
 # products do without tensor cores, which is no reason to prefer it to torch's.
 TRITON_UP_TO = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 0}  # dtype -> keys up to which Triton is chosen
+# Keys up to which the CPU's own kernel is chosen, by the native library's kernels. On one and two threads of an AVX-512
+# processor it took 0.8 to 0.95 of the time of torch's in float32 from 32 to 4,096 keys, with products of bf16 half of it in
+# bfloat16; kept to AVX2 there 0.94 at 32 in float32 and 1.1 at 1,344, to the baseline 1.3.
+NATIVE_UP_TO = {"avx512": math.inf, "avx2": 64, "baseline": 0}
+NATIVE_KEYS = NATIVE_UP_TO.get(_native.load().info.get("kernels", ""), 0)  # on this machine
 FLASH_ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}  # major compute capability -> flash-attn's generation
 FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}  # each has flash_attn_func
 FLASH_OPERATORS = {2: "flash_attn", 3: "flash_attn_3"}  # torch.ops namespaces of those that torch.compile can trace
@@ -85,7 +92,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     backend = choose("attention", q, k, v, mask)
     if backend == REFERENCE and dispatch.forced().get("attention") != REFERENCE:
         backend = "sdpa"  # what PyTorch has for it: for exporters, and where all operations are to be PyTorch's
-    if backend == "triton":
+    if backend in ("native", "triton"):
         return library(backend).attention(q, k, v, mask)
     if backend == "flash":
         return _flash(q, k, v)
@@ -182,6 +189,22 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # -- choice ------------------------------------------------------------------------------------------------------------------
 
 
+def _native_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    if not has_native("attention"):
+        return "the native library is not loaded, or of an older build"
+    if not (q.is_cpu and one_device(q, k, v, mask)):
+        return f"it takes tensors on the CPU, got {describe(q)}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, got {describe(q)}"
+    return "" if k.shape[1] and q.shape[3] else f"it takes at least one key of at least one channel, got {tuple(k.shape)}"
+
+
+def _native_default(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    if needs_gradient(q, k, v):
+        return "its backward pass is plain matrix products"
+    return "" if k.shape[1] <= NATIVE_KEYS else "torch's is faster for so many keys"
+
+
 def _triton_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
     if reason := triton_runs_on(q):
         return reason
@@ -218,6 +241,7 @@ def _flash_rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
 
 
 register_backend("flash", load_flash)
+register("attention", "native", _native_rule, default=_native_default)
 register("attention", "triton", _triton_rule, default=_triton_default)
 register("attention", "flash", _flash_rule)
 register("attention", "sdpa", lambda *args: "")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from textok_fast.ops import dispatch
-from textok_fast.ops.packed import PRECISIONS
+from textok_fast.ops.block import PackedBlock
+from textok_fast.ops.packed import PRECISIONS, PackedWeight, pack_linear
 
 # Arguments as an operation's rules see them, of typical shapes: DiT-XL over 32 tokens of 16 channels, uint8 pictures.
 _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, ...]]] = {
@@ -20,6 +21,7 @@ _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, 
     "attention": lambda new, _: (*[new(1, 32, 16, 72)] * 3, None),
     "linear_gelu": lambda new, _: (new(1, 32, 1152), new(4608, 1152), new(4608), "tanh"),
     "packed_linear": lambda new, _: (new(4608, 1152), int(new(1).dtype == torch.bfloat16), 64),
+    "packed_block": lambda new, _: (_packed_block(new), *[new(1, 32, 8)] * 2, new(1, 48), *[new(1, 8)] * 2),
     "quantize_rows": lambda new, _: (new(1, 32, 1152),),
     "activate_quantize_rows": lambda new, _: (new(32, 4608), "gelu_tanh"),
     "fp8_linear": lambda new, device: (*_fp8_operands(device), None, "none", torch.bfloat16),
@@ -33,6 +35,17 @@ _EXAMPLES: dict[str, Callable[[Callable[..., Tensor], torch.device], tuple[Any, 
     ),
     "seeded_normal": lambda _, device: (*torch.zeros(2, 1, dtype=torch.int64, device=device), [32, 16]),
 }
+
+
+def _packed_block(new: Callable[..., Tensor]) -> PackedBlock:
+    example = new(1)
+    precision = "bf16" if example.dtype == torch.bfloat16 else "fp32"
+
+    def layer(outputs: int, inputs: int) -> PackedWeight:
+        weight, bias = torch.zeros(outputs, inputs), torch.zeros(outputs)
+        return pack_linear(weight, bias, precision)  # type: ignore[arg-type]
+
+    return PackedBlock(layer(24, 8), layer(8, 8), layer(32, 8), layer(8, 32), 1, "gelu_tanh")
 
 
 def _fp8_operands(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,11 +22,16 @@ inline Vec clamp(Vec a, Vec low, Vec high) {
 
 inline Vec power_of_two(Ints n) { return {(decltype(Vec::r))((n + 127) << 23)}; }
 
-// e^x within 2 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial for e^f (coefficients of Cephes' expf), then 2^n in two
-// factors, so that the result becomes subnormal, 0 or infinite where it should.
+// e^x within 2 ulp: x = n ln 2 + f with |f| <= ln 2 / 2, a polynomial for e^f (coefficients of Cephes' expf), then times 2^n: in
+// two factors where no instruction does it, so that the result becomes subnormal, 0 or infinite where it should.
 inline Vec exponential(Vec value) {
+#if defined(TEXTOK_ISA_AVX512)  // of a NaN, the smaller and the larger is the second argument
+  const Vec x = {_mm512_min_ps(set(89).r, _mm512_max_ps(set(-104).r, value.r))};
+  const Vec n = {_mm512_roundscale_ps((x * set(1.44269504f)).r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
   const Vec x = clamp(value, set(-104), set(89)), shift = set(12582912);  // 1.5 * 2^23, where the spacing of floats is 1
   const Vec shifted = fma(x, set(1.44269504f), shift), n = shifted - shift;
+#endif
   const Vec f = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
   Vec y = fma(set(1.9875691500e-4f), f, set(1.3981999507e-3f));
   y = fma(y, f, set(8.3334519073e-3f));
@@ -34,8 +39,12 @@ inline Vec exponential(Vec value) {
   y = fma(y, f, set(1.6666665459e-1f));
   y = fma(y, f, set(5.0000001201e-1f));
   y = fma(y, f * f, f + set(1));
+#if defined(TEXTOK_ISA_AVX512)
+  return {_mm512_scalef_ps(y.r, n.r)};
+#else
   const Ints exponent = (Ints)shifted.r - (Ints)shift.r, half = exponent >> 1;
   return y * power_of_two(half) * power_of_two(exponent - half);
+#endif
 }
 
 // x Phi(x) = max(x, 0) - t (1 - Phi(t)) with t = |x|, so that nothing cancels on either side. With s = 1 / (1 + 0.35 t),

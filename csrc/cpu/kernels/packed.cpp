@@ -7,6 +7,7 @@
 #include "packed.h"
 
 #include "functions.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace textok_fast {
@@ -227,32 +228,6 @@ inline void take_row(const PackedProduct& s, const void* x, int64_t i, uint32_t*
     quantize_row(s, static_cast<const float*>(x), i, words);
   }
 }
-
-#if defined(TEXTOK_ISA_AVX512)
-// 8 rows of 8 words, `from` apart, to 8 words' rows, `to` apart.
-inline void transpose(const uint32_t* in, int64_t from, uint32_t* out, int64_t to) {
-  __m256i a[8], b[8];
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + r * from));
-#pragma GCC unroll 4
-  for (int r = 0; r < 8; r += 2) {
-    b[r] = _mm256_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < 8; r += 4) {  // a[r + j]: rows r to r + 3 of words j and j + 4
-    a[r] = _mm256_unpacklo_epi64(b[r], b[r + 2]);
-    a[r + 1] = _mm256_unpackhi_epi64(b[r], b[r + 2]);
-    a[r + 2] = _mm256_unpacklo_epi64(b[r + 1], b[r + 3]);
-    a[r + 3] = _mm256_unpackhi_epi64(b[r + 1], b[r + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j * to), _mm256_permute2x128_si256(a[j], a[j + 4], 0x20));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (j + 4) * to), _mm256_permute2x128_si256(a[j], a[j + 4], 0x31));
-  }
-}
-#endif
 
 template <class Kind>
 void take_rows(const PackedProduct& s, int64_t first_group, int64_t last_group, uint32_t* scratch) {
