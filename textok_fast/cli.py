@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Of a plan, and what chooses a precision by the machine.
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "auto")
+# Of interop.KINDS, which a test compares.
+WEIGHT_KINDS = ("dit", "diffusers-dit", "dit-1d", "sit-1d", "titok", "tatitok", "softvq", "maetok", "sd-vae")
 COMPILE_MODES = ("none", "default", "max-autotune")
 
 # What a command returns is what --json prints; None where another process of the run prints it.
@@ -194,6 +196,17 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True)
     _plan_options(sample)
     sample.add_argument("--split", action="store_true", help="run a batch that does not fit into memory in parts")
+
+    convert = _command(commands, "convert", run_convert, "write other people's weights in this library's format",
+        "textok-fast convert --from sit-1d --weights SoftVQVAE/sit-xl_softvq-l-32-512 "
+        "--tokenizer SoftVQVAE/softvq-l-32-512 --out runs/sit")  # fmt: skip
+    convert.add_argument("--from", dest="kind", choices=WEIGHT_KINDS, help="what it is (default: guessed from its tensors)")
+    convert.add_argument("--weights", required=True, help="a file, a directory, or a Hub id: owner/name or owner/name/file.pt")
+    convert.add_argument("--tokenizer", help="weights of a generator's tokenizer: --out becomes a pipeline for `sample`")
+    convert.add_argument("--out", type=Path, required=True)
+    convert.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="what shapes do not tell: heads=4, guided_channels=3"
+    )
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
     speedup = _command(kinds, "speedup", run_bench_speedup,
@@ -434,6 +447,24 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
         f"and their tokens to {report['tokens']}"
     )
     return {**report, "plan": plan.to_dict()}
+
+
+def run_convert(args: argparse.Namespace) -> dict[str, Any]:
+    import yaml
+
+    from textok_fast.interop import convert
+
+    options: dict[str, dict[str, Any]] = {"": {}, "tokenizer": {}}
+    for item in args.overrides:
+        key, equals, value = item.partition("=")
+        whose, _, name = key.rpartition(".")
+        if not equals or not name.isidentifier() or whose not in options:
+            raise InputError(f"settings are key=value, or tokenizer.key=value, got {item!r}")
+        options[whose][name] = yaml.safe_load(value)
+    report = convert(args.kind, args.weights, args.out, args.tokenizer, tokenizer_options=options["tokenizer"], **options[""])
+    beside = f", with {report['tokenizer']}" if "tokenizer" in report else ""
+    print(f"{report['kind']} ({report['what']}), {report['parameters']:,} parameters{beside}\nwrote {report['out']}")
+    return report
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:

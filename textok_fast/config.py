@@ -55,7 +55,7 @@ FSQ_LEVELS: dict[int, tuple[int, ...]] = {
 }
 
 TextSides = Literal["both", "encoder", "decoder", "none"]
-BottleneckKind = Literal["none", "kl", "vq", "fsq"]
+BottleneckKind = Literal["none", "kl", "vq", "fsq", "softvq"]
 
 
 @dataclass
@@ -86,6 +86,17 @@ class TexTokConfig:
     codebook_size: int = 4096  # vq
     normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok
     fsq_levels: tuple[int, ...] = ()  # fsq; empty: chosen from latent_dim
+    soft_codebooks: int = 1  # softvq: each serves an equal part of the tokens
+    soft_temperature: float = 0.07  # softvq: of the assignment to codes
+    # What other tokenizers have and TexTok has not.
+    decoder_width: int = 0  # 0: as ``width``
+    decoder_heads: int = 0  # 0: as ``heads``
+    registers: int = 0  # in the encoder, learned rows that are attended to and not read: a class token is one
+    decoder_registers: int = 0  # the same in the decoder
+    pre_norm: bool = False  # a LayerNorm before the first block
+    norm_eps: float = 1e-5  # of every LayerNorm
+    rope: bool = False  # learned 2-D rotary positions of the patches, beside the others
+    pixel_conv: bool = False  # a 3 x 3 convolution over the decoded picture
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
 
@@ -105,17 +116,27 @@ class TexTokConfig:
             "text_dim",
             "max_text_tokens",
             "codebook_size",
+            "soft_codebooks",
+            "soft_temperature",
+            "norm_eps",
         ):
             _require_positive(self, name)
+        for name in ("decoder_width", "decoder_heads", "registers", "decoder_registers"):
+            _require_range(self, name, 0)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; choose a patch size that "
                 f"divides it, such as {_near_divisor(self.image_size, self.patch_size)}"
             )
         _require_choice("text", self.text, ("both", "encoder", "decoder", "none"))
-        _require_choice("bottleneck", self.bottleneck, ("none", "kl", "vq", "fsq"))
-        if self.width % self.heads:
-            raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
+        _require_choice("bottleneck", self.bottleneck, ("none", "kl", "vq", "fsq", "softvq"))
+        for width, heads, side in ((self.width, self.heads, ""), (*self.decoder_sizes, "decoder_")):
+            if width % heads:
+                raise InputError(f"{side}width {width} is not a multiple of {side}heads {heads}")
+            if self.rope and width // heads % 4:
+                raise InputError(f"rope turns pairs in two directions: a head's {width // heads} channels must divide by 4")
+        if self.bottleneck == "softvq" and self.num_tokens % self.soft_codebooks:
+            raise InputError(f"num_tokens {self.num_tokens} is not a multiple of soft_codebooks {self.soft_codebooks}")
         if self.bottleneck == "fsq":
             self.fsq_levels = self.fsq_levels or _default_fsq_levels(self.latent_dim)
             if len(self.fsq_levels) != self.latent_dim:
@@ -136,6 +157,11 @@ class TexTokConfig:
     @property
     def num_patches(self) -> int:
         return self.grid**2
+
+    @property
+    def decoder_sizes(self) -> tuple[int, int]:
+        """Width and heads of the decoder."""
+        return self.decoder_width or self.width, self.decoder_heads or self.heads
 
     @property
     def text_in_encoder(self) -> bool:
@@ -189,6 +215,9 @@ class DiTConfig:
     condition_dropout: float = 0.1  # chance that a training sample loses its label and caption, for guidance
     time_scale: float = 1.0  # t is multiplied by this before its embedding; 1000 for a flow's t in [0, 1]
     learn_sigma: bool = True  # twice the output channels; the second half interpolates the log-variance
+    qk_norm: bool = False  # a LayerNorm over each head's queries and one over its keys
+    guided_channels: int = 0  # guidance changes the first so many channels, 3 in the published DiT; 0: all
+    frequency_shift: int = 0  # of t's sinusoids: the last frequency is period^(-1 + shift / 128); 1 in diffusers' DiT
     text_dim: int = 0
     image_token_dim: int = 0
     num_image_tokens: int = 0
@@ -198,6 +227,8 @@ class DiTConfig:
             _require_positive(self, name)
         for name in ("num_tokens", "input_size", "num_classes", "text_dim", "image_token_dim", "num_image_tokens"):
             _require_range(self, name, 0)
+        _require_range(self, "guided_channels", 0, self.in_channels)
+        _require_range(self, "frequency_shift", 0, 1)
         if bool(self.num_tokens) == bool(self.input_size):
             raise InputError(
                 f"give either num_tokens (1-D tokens) or input_size (a 2-D grid), not both or neither: "

@@ -30,7 +30,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spread: f
     out = library("native").attention(q, k, v, mask)
     assert out.shape == (q.shape[0], q.shape[1], q.shape[2] * q.shape[3]) and out.dtype == q.dtype and out.is_contiguous()
     wanted = attention_reference(q.double(), k.double(), v.double(), mask)
-    # An average of v: errors are of its size. Those of a score, which grow with it (``spread``), are a probability's relative ones.
+    # An average of v: errors are of its size. A score's, which grow with it (``spread``), are a probability's relative ones.
     # Products of bf16 round the probabilities, each by half a unit of 8 bits.
     size = v.double().abs().amax(dim=1).flatten(1).unsqueeze(1)  # (B, 1, H D)
     rounding = 4e-6 * max(1.0, spread) if q.dtype == torch.float32 else 2.0**-7

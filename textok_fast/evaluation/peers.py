@@ -41,6 +41,7 @@ from textok_fast.evaluation.provenance import provenance, reporter
 from textok_fast.evaluation.roofline import count_flops, measure_ceilings, time_call, use_threads
 from textok_fast.evaluation.step_times import Spread, StepTimesConfig, build_networks, network_config, step_inputs
 from textok_fast.files import save_tensors
+from textok_fast.interop import to_diffusers_dit
 from textok_fast.modeling.dit import DiT, timestep_features
 from textok_fast.ops.device import resolve_device
 from textok_fast.ops.dispatch import use_backend
@@ -838,62 +839,8 @@ def _build_original(job: Job) -> Step:
     return lambda: model(inputs.x, inputs.t, inputs.y)
 
 
-def diffusers_dit(model: DiT) -> nn.Module:
-    """diffusers' DiTTransformer2DModel with the values of ``model``, on its device and in its dtype.
-
-    Raises InputError for a DiT over 1-D tokens, or one without classes.
-    """
-    from diffusers import DiTTransformer2DModel
-
-    config = model.config
-    if not config.input_size or model.y_embedder is None:
-        raise InputError("diffusers' DiTTransformer2DModel is over 2-D patches with class labels")
-    p, width = config.patch_size, config.width
-    with torch.device("meta"):
-        peer = DiTTransformer2DModel(
-            num_attention_heads=config.heads,
-            attention_head_dim=width // config.heads,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            sample_size=config.input_size,
-            patch_size=p,
-            num_embeds_ada_norm=config.num_classes,
-            norm_eps=1e-6,
-        )
-    ours = _all_tensors(model)
-    rows = config.out_channels * p * p
-    final = {name: ours[f"final_layer.linear.{name}"].unflatten(0, (config.out_channels, p, p)) for name in ("weight", "bias")}
-    state = {
-        "pos_embed.proj.weight": ours["x_embedder.weight"].unflatten(1, (config.in_channels, p, p)),
-        "pos_embed.proj.bias": ours["x_embedder.bias"],
-        # A patch's numbers: ours channel, row, column; theirs row, column, channel.
-        **{f"proj_out_2.{name}": value.movedim(0, 2).reshape(rows, *value.shape[3:]) for name, value in final.items()},
-    }
-    for name in ("weight", "bias"):
-        state[f"proj_out_1.{name}"] = ours[f"final_layer.adaLN_modulation.1.{name}"]
-        for index in range(config.depth):
-            theirs, block = f"transformer_blocks.{index}", f"blocks.{index}"
-            for number, layer in enumerate((0, 2), start=1):
-                state[f"{theirs}.norm1.emb.timestep_embedder.linear_{number}.{name}"] = ours[f"t_embedder.mlp.{layer}.{name}"]
-            state[f"{theirs}.norm1.linear.{name}"] = ours[f"{block}.adaLN_modulation.1.{name}"]
-            q, k, v = ours[f"{block}.attn.qkv.{name}"].chunk(3)
-            state |= {f"{theirs}.attn1.to_{part}.{name}": value for part, value in (("q", q), ("k", k), ("v", v))}
-            state[f"{theirs}.attn1.to_out.0.{name}"] = ours[f"{block}.attn.proj.{name}"]
-            state[f"{theirs}.ff.net.0.proj.{name}"] = ours[f"{block}.mlp.fc1.{name}"]
-            state[f"{theirs}.ff.net.2.{name}"] = ours[f"{block}.mlp.fc2.{name}"]
-    table = ours["y_embedder.embedding_table.weight"]
-    for index in range(config.depth):
-        state[f"transformer_blocks.{index}.norm1.emb.class_embedder.embedding_table.weight"] = table
-    peer.load_state_dict(state, strict=True, assign=True)
-    peer.pos_embed.pos_embed = ours["pos_embed"]  # a buffer that is not in the state dict
-    for block in peer.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # DiT's own frequencies; diffusers' differ a little
-    return cast(nn.Module, peer.eval().requires_grad_(False))
-
-
 def _build_diffusers(job: Job) -> Step:
-    model = diffusers_dit(_load(job, job.dtype))
+    model = to_diffusers_dit(_load(job, job.dtype))
     inputs = _read_inputs(job, job.dtype)
     return lambda: model(inputs.x, inputs.t, inputs.y, return_dict=False)[0]
 

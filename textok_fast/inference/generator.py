@@ -131,7 +131,7 @@ class GeneratorEngine:
             steps: how many, or a respacing of a Gaussian process.
             guidance_scale: one, or one for each evaluation; guidance runs only where it is not 1.
             guidance_interval: (low, high) in the model's own time; outside the scale is 1.
-            guided_channels: guide the first so many channels; None is all.
+            guided_channels: guide the first so many channels; None is what the model's configuration says.
             eta: of ddim.
             noise: initial noise (B, N, d) or (B, C, S, S), in place of what the seeds give.
 
@@ -142,6 +142,7 @@ class GeneratorEngine:
             raise InputError("give at least one seed: there is a sample for each")
         kind = sampler or ("euler" if process.objective == "flow" else "ddpm")
         program = sampler_program(process, kind, guidance_scale, guidance_interval, steps=steps, eta=eta)
+        guided_channels = guided_channels or self.config.guided_channels or None
         given = _Conditions.checked(self.model, seeds, labels, text, image_tokens, noise, process, guided_channels)
         parts = self._parts(given, program)
         pieces = [given.part(slice(start, start + parts)) for start in range(0, len(given.seeds), parts)]

@@ -45,6 +45,7 @@ from textok_fast.ops.device import resolve_device
 
 MANIFEST = "package.json"
 BOTTLENECK = "bottleneck.safetensors"
+_CONV_OUT = "conv_out."  # in that file, before the names of the decoder's convolution
 FORMAT = 1
 PRECISIONS = ("fp32", "bf16")
 ALIGNMENT = 16  # bytes: compiled code reads its inputs in vectors, as far aligned as torch allocates them
@@ -153,7 +154,11 @@ def _save_tokenizer(model: TexTok, plan: Plan, compiler: _Compiler) -> list[str]
                 given.append(torch.ones(2, length, dtype=torch.bool, device=engine.device))
                 dims += [{0: "batch", 1: "text"}] * 2
             compiler.add(name, network, given, dims, most)
-    state = {name: value.detach().cpu().contiguous() for name, value in engine.model.bottleneck.state_dict().items()}
+    kept = dict(engine.model.bottleneck.state_dict())  # and what else no program holds
+    convolution = cast(nn.Module | None, decoder.vit.conv_out)
+    if convolution is not None:
+        kept |= {f"{_CONV_OUT}{name}": value for name, value in convolution.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in kept.items()}
     save_tensors(state, compiler.directory / BOTTLENECK)
     return [*compiler.files, BOTTLENECK]
 
@@ -439,8 +444,13 @@ class PackagedTokenizer(TokenizerEngine):
         with torch.device("meta"):
             self.model = TexTok(config)
         self.model.bottleneck = build_bottleneck(config)
-        self.model.bottleneck.load_state_dict(load_file(directory / BOTTLENECK))
+        kept = load_file(directory / BOTTLENECK)
+        convolution = {name.removeprefix(_CONV_OUT): kept.pop(name) for name in list(kept) if name.startswith(_CONV_OUT)}
+        self.model.bottleneck.load_state_dict(kept)
         self.model.bottleneck.to(**place)
+        if self.model.decoder.conv_out is not None:
+            self.model.decoder.conv_out.load_state_dict(convolution, assign=True)
+            self.model.decoder.conv_out.to(**place)
         self.model.latent_mean = torch.tensor(config.latent_mean or (0.0,) * config.latent_dim, **place)
         self.model.latent_std = torch.tensor(config.latent_std or (1.0,) * config.latent_dim, **place)
         for name, call, kind in (("encoder", "encode", _Side), ("decoder", "decode", _DecoderSide)):

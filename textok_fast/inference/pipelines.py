@@ -124,7 +124,7 @@ class GenerationPipeline:
         extra = {"eta": options.eta} if sampler == "ddim" else {}
         return sample(
             sampler,
-            guided(model, condition, null, options.guidance_scale, options.guidance_interval),
+            guided(model, condition, null, options.guidance_scale, options.guidance_interval, config.guided_channels or None),
             noise,
             options.steps,
             self.process,

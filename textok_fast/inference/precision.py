@@ -27,11 +27,13 @@ from textok_fast.modeling.layers import (
     Attention,
     CrossAttention,
     Mlp,
+    Rotary,
     TextTokens,
     ViTBlock,
     add_and_norm,
     is_plain,
     is_untouched,
+    turned,
 )
 from textok_fast.ops import PackedWeight, RowScaled
 from textok_fast.ops.fp8 import lacks_e4m3
@@ -194,6 +196,8 @@ class PackedDiTBlock(nn.Module):
         mlp: Any = block.mlp
         if not is_untouched(block, DiTBlock) or block.cross_attn is not None or not is_untouched(attn, Attention):
             return None
+        if attn.q_norm is not None or attn.k_norm is not None:
+            return None
         layers = [attn.qkv, attn.proj, *((mlp.fc1, mlp.fc2) if isinstance(mlp, PackedMlp) else ())]
         if len(layers) < 4 or not all(isinstance(layer, PackedLinear) for layer in layers):
             return None
@@ -223,14 +227,16 @@ class SplitAttention(nn.Module):
         """x (B, N, D) -> (B, N, 3 D), as ``Attention.qkv``."""
         return torch.cat([self.q(x), self.kv(x)], dim=-1)
 
-    def forward(self, x: Tensor | RowScaled, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | RowScaled, mask: Tensor | None = None, rows: slice | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
         """As ``Attention.forward``."""
         wanted: Tensor | RowScaled = x
         if rows is not None:
             wanted = RowScaled(x.values[:, rows], x.scales[:, rows]) if isinstance(x, RowScaled) else x[:, rows]
         q = self.q(wanted).unflatten(-1, (self.heads, -1))  # (B, N_rows, H, D / H)
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
-        return self.proj(ops.attention(q, k, v, mask))
+        return self.proj(ops.attention(*turned(q, k, rows, rotary), v, mask))
 
 
 def _packer(precision: Literal["fp32", "bf16", "int8"], products: Products, rows: int = 64) -> Make:
@@ -378,10 +384,11 @@ class Fp8ViTBlock(nn.Module):
         following: nn.LayerNorm,
         mask: Tensor | None = None,
         rows: slice | None = None,
+        rotary: Rotary | None = None,
     ) -> tuple[Tensor, Tensor | RowScaled]:
         """As ``ViTBlock.forward``; ``hidden`` may come and go quantized."""
         residual, norm = x if rows is None else x[:, rows], self.norm2
-        branch = self.attn(hidden, mask, rows)  # (B, N_rows, D)
+        branch = self.attn(hidden, mask, rows, rotary)  # (B, N_rows, D)
         x, hidden = ops.gated_residual_layer_norm(residual, branch, None, norm.weight, norm.bias, norm.eps, fp8=True)
         branch = self.mlp(hidden)
         if not self.hands_on:

@@ -27,9 +27,9 @@ from textok_fast.inference.execution import Captured, compiled, own_modes
 from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.precision import STREAM, SplitAttention, pack_linears, prepare, weight_bytes
-from textok_fast.modeling.layers import Attention, TextProjection, ViTBlock, add_and_norm, is_plain, is_untouched
+from textok_fast.modeling.layers import Attention, Rotary, TextProjection, ViTBlock, add_and_norm, is_plain, is_untouched
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
-from textok_fast.modeling.tokenizer import Captions, Decoder, Encoder, Images, TexTok, Tokens
+from textok_fast.modeling.tokenizer import Captions, Decoder, Encoder, Images, TexTok, Tokens, to_uint8
 from textok_fast.ops.device import resolve_device
 from textok_fast.ops.dispatch import choose, use_backend
 
@@ -93,7 +93,7 @@ class TokenizerEngine:
     def decode_latents(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """What :meth:`decode` does after its checks: raw latents (B, N, d) and text features -> uint8 (B, S, S, 3)."""
         with self._backends():
-            return ops.unpatchify_uint8(self.model.decoder.patches(latents, text), self.config.patch_size)
+            return self.model.decoder.uint8(latents, text)
 
     def encode_stream(self, items: Iterable[Any], batch_size: int = 32, **options: Any) -> Iterator[Encoded]:
         """:func:`textok_fast.inference.stream.encode_stream` with this engine."""
@@ -115,11 +115,13 @@ class TokenizerEngine:
         config = self.model.config
         text = config.max_text_tokens if text_tokens is None else text_tokens
         has_text = config.text_in_encoder or config.text_in_decoder
-        rows = config.num_patches + config.num_tokens + (text if has_text else 0)
+        rows = (
+            config.num_patches + config.num_tokens + max(config.registers, config.decoder_registers) + (text if has_text else 0)
+        )
         # At the worst moment: the residual stream, its LayerNorm, and either packed q, k, v (twice where the first block puts
         # constant and other rows together) and the attention's result, or the MLP's hidden layer before and after the GELU.
         size = self.model.dtype.itemsize
-        row = config.width * (STREAM.itemsize + size * (1 + max(7.0, 2 * config.mlp_ratio)))
+        row = max(config.width, config.decoder_width) * (STREAM.itemsize + size * (1 + max(7.0, 2 * config.mlp_ratio)))
         # Bytes, patches and pictures of 3 S S numbers in the model's dtype; captions.
         state = batch * (3 * config.image_size**2 * (1 + 3 * size) + text * (config.text_dim * size + 1) * has_text)
         device = self.model.device
@@ -301,21 +303,38 @@ class _ViT(nn.Module):
     """The blocks of ``vit`` over [constant rows, other rows], the first of them without what is constant.
 
     Args:
-        rows: (n, D), the constant rows in the precision to run.
-        exact: the same as the model has them: how they enter the residual stream, which is float32.
+        vit: the network in the precision to run.
+        original: in the model's own precision: so its constant rows enter the residual stream, which is float32.
+        name: of the parameter that is the constant rows, (n, D).
+        read: how many of them are read in the end.
+        patches: at which row the patches begin.
     """
 
     rows: Tensor
     stream: Tensor
 
-    def __init__(self, vit: Encoder | Decoder, rows: Tensor, exact: Tensor, alone: bool) -> None:
+    def __init__(
+        self, vit: Encoder | Decoder, original: Encoder | Decoder, name: str, read: int, patches: int, alone: bool
+    ) -> None:
         super().__init__()
-        self.vit = vit
+        self.vit, self._read, self._alike = vit, slice(0, read), original.rope is None
+        rows, exact = getattr(vit, name).detach(), getattr(original, name).detach()  # each (n, D)
+        if vit.pre_norm is not None and original.pre_norm is not None:
+            rows, exact = vit.pre_norm(rows).detach(), original.pre_norm(exact).detach()
         block = vit.blocks[0]
-        self.constant = ConstantRows(rows, block, alone) if _is_made_of_parts(block) else None
-        self.register_buffer("rows", rows.detach().unsqueeze(0), persistent=False)  # (1, n, D)
-        exact = exact.detach().unsqueeze(0).to(rows.device, STREAM)  # (1, n, D)
+        # Rows that are turned by their places have no common keys; of their own they would still have constant ones.
+        self.constant = ConstantRows(rows, block, alone) if self._alike and _is_made_of_parts(block) else None
+        self.register_buffer("rows", rows.unsqueeze(0), persistent=False)  # (1, n, D)
+        exact = exact.unsqueeze(0).to(rows.device, STREAM)  # (1, n, D)
         self.register_buffer("stream", self.rows if rows.dtype == STREAM else exact, persistent=False)
+        self._start = patches
+        angles = [] if original.rope is None else original.rope(patches)  # in float32, whatever runs
+        for name in ("cos", "sin"):
+            table = torch.stack([getattr(each, name) for each in angles]).detach().to(rows.device) if angles else None
+            self.register_buffer(f"_{name}", table, persistent=False)  # (depth, hw, H, D / 2)
+
+    def _rotary(self, block: int) -> Rotary | None:
+        return None if self._alike else Rotary(self._cos[block], self._sin[block], self._start)  # type: ignore[index]
 
     def blocks(self, x: Tensor, text: ShortText) -> Tensor:
         """x (B, M, D), what comes after the constant rows and before the text -> norm(last block's constant rows) (B, n, D)."""
@@ -325,7 +344,8 @@ class _ViT(nn.Module):
             own = torch.ones(batch, count + x.shape[1], dtype=torch.bool, device=x.device)  # (B, n + M)
             mask = torch.cat([own, mask], dim=1)  # (B, n + M + N_t)
         x = x if tokens is None else torch.cat([x, tokens], dim=1)  # (B, M + N_t, D)
-        blocks, wanted = self.vit.blocks, slice(0, count)
+        x = x if self.vit.pre_norm is None else self.vit.pre_norm(x)
+        blocks, wanted = self.vit.blocks, self._read
         following: list[Any] = [*(block.norm1 for block in blocks[1:]), self.vit.norm]
         last, done = len(blocks) - 1, 0
         if self.constant is None:
@@ -335,7 +355,7 @@ class _ViT(nn.Module):
             x, hidden = self._first_block(x, following[0], mask, wanted if last == 0 else None)
             done = 1
         for index in range(done, len(blocks)):
-            x, hidden = blocks[index](x, hidden, following[index], mask, wanted if index == last else None)
+            x, hidden = blocks[index](x, hidden, following[index], mask, wanted if index == last else None, self._rotary(index))
         return hidden
 
     def _first_block(
@@ -362,7 +382,8 @@ class FastEncoder(_ViT):
     """
 
     def __init__(self, vit: Encoder, original: Encoder) -> None:
-        super().__init__(vit, vit.latents, original.latents, alone=False)
+        read = vit.latent_rows.stop - vit.latent_rows.start
+        super().__init__(vit, original, "latents", read, patches=len(vit.latents), alone=False)
         self.patch_size = vit.patch_size
         self.from_bytes: nn.Sequential | None = None
         if is_plain(original.patch_embed, nn.Linear):
@@ -407,7 +428,7 @@ class FastDecoder(_ViT):
     """:class:`Decoder` over [patch queries, latents, text]. ``original``: as in :class:`FastEncoder`."""
 
     def __init__(self, vit: Decoder, original: Decoder) -> None:
-        super().__init__(vit, vit.queries, original.queries, alone=True)
+        super().__init__(vit, original, "queries", vit.patch_rows.stop, patches=0, alone=True)
 
     def run(self, latents: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor:
         """latents (B, N, d); :class:`ShortText` -> flat patches (B, hw, 3 p p), not clamped."""
@@ -504,4 +525,12 @@ class _DecoderSide(_Side):
 
     def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """As :meth:`Decoder.forward`."""
-        return ops.unpatchify(self.patches(latents, text), self.network.vit.patch_size)  # (B, 3, S, S)
+        pixels = ops.unpatchify(self.patches(latents, text), self.network.vit.patch_size)  # (B, 3, S, S)
+        conv: nn.Module | None = self.network.vit.conv_out  # type: ignore[assignment]
+        return pixels if conv is None else conv(pixels)
+
+    def uint8(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
+        """As :meth:`Decoder.uint8`."""
+        if self.network.vit.conv_out is None:
+            return ops.unpatchify_uint8(self.patches(latents, text), self.network.vit.patch_size)
+        return to_uint8(self(latents, text))

@@ -1,4 +1,4 @@
-"""What stands between encoder and decoder: nothing, a Gaussian (KL), a codebook (VQ) or fixed levels (FSQ)."""
+"""Between encoder and decoder: nothing, a Gaussian (KL), a codebook (VQ), fixed levels (FSQ) or mixtures of codes (SoftVQ)."""
 
 from __future__ import annotations
 
@@ -145,6 +145,26 @@ class FSQBottleneck(Bottleneck):
         return ((digits - half_width).float() / half_width.float()).to(torch.get_default_dtype())
 
 
+class SoftVQBottleneck(Bottleneck):
+    """Continuous mixtures of codes (SoftVQ-VAE, Chen et al. 2024, arXiv 2412.10958): the mean of the codes c_k under
+    softmax(z c_k / tau), where z and the codes have norm 1.
+
+    Args:
+        codebooks: each serves an equal, consecutive part of the tokens.
+    """
+
+    def __init__(self, dim: int, codebook_size: int, codebooks: int, temperature: float) -> None:
+        super().__init__(dim)
+        self.temperature = temperature
+        self.codebook = nn.Parameter(F.normalize(torch.randn(codebooks, codebook_size, dim), dim=-1))  # (C, K, d)
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> BottleneckOutput:
+        codes = F.normalize(self.codebook, dim=-1)  # (C, K, d)
+        parts = F.normalize(z, dim=-1).unflatten(1, (len(codes), -1))  # (B, C, N / C, d)
+        shares = (parts @ codes.detach().transpose(1, 2) / self.temperature).softmax(dim=-1)  # (B, C, N / C, K)
+        return BottleneckOutput((shares @ codes).flatten(1, 2), {})
+
+
 def build_bottleneck(config: TexTokConfig) -> Bottleneck:
     """The bottleneck that ``config.bottleneck`` names."""
     if config.bottleneck == "kl":
@@ -153,4 +173,6 @@ def build_bottleneck(config: TexTokConfig) -> Bottleneck:
         return VQBottleneck(config.latent_dim, config.codebook_size, config.normalize_codes)
     if config.bottleneck == "fsq":
         return FSQBottleneck(config.fsq_levels)
+    if config.bottleneck == "softvq":
+        return SoftVQBottleneck(config.latent_dim, config.codebook_size, config.soft_codebooks, config.soft_temperature)
     return IdentityBottleneck(config.latent_dim)

@@ -19,14 +19,14 @@ from textok_fast.modeling.text_encoders import TextFeatures
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of t (Vaswani et al. 2017, period up to 10,000) through a two-layer MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int, frequencies: int = 256, shift: int = 0) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.shift = frequencies, shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) -> (B, D)."""
-        return self.mlp(timestep_features(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
+        return self.mlp(timestep_features(t, self.frequencies, shift=self.shift).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -45,9 +45,9 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero; with ``cross`` also attention to text tokens between self-attention and MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.mlp = Mlp(width, int(width * mlp_ratio), approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if cross else None
@@ -106,13 +106,13 @@ class DiT(PretrainedMixin, nn.Module):
             self.pos_embed = nn.Parameter(sincos_1d(width, torch.arange(config.num_tokens)).unsqueeze(0))  # (1, N, D), learned
         else:
             self.register_buffer("pos_embed", sincos_2d(width, config.input_size // p).unsqueeze(0))  # (1, N, D), fixed
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, width) if config.num_classes else None
         self.text_embedder = TextProjection(config.text_dim, width) if config.text_dim else None
         self.image_embedder = nn.Linear(config.image_token_dim, width) if config.image_token_dim else None
         self.image_positions = nn.Parameter(torch.zeros(config.num_image_tokens, width)) if config.image_token_dim else None
         self.blocks = nn.ModuleList(
-            DiTBlock(width, config.heads, config.mlp_ratio, cross=bool(config.text_dim)) for _ in range(config.depth)
+            DiTBlock(width, config.heads, config.mlp_ratio, bool(config.text_dim), config.qk_norm) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, config.out_channels * p * p)
         self._init_weights()
@@ -140,6 +140,22 @@ class DiT(PretrainedMixin, nn.Module):
         self._check(x, t, y, text, image_tokens)
         tokens = None if self.text_embedder is None else self.text_embedder(text, x.shape[0])
         return self.step(x, self.modulation(self.condition(t, y)), tokens, image_tokens)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """The guided forward of DiT's and SiT's code: u + scale (c - u), u and c the halves of one batch.
+
+        Args:
+            x: (2 B, ...), of which the second half is not looked at. t: (2 B,). y: (2 B,), the null class in the second half.
+
+        Returns: as :meth:`forward`, its channels up to ``config.guided_channels`` guided, in both halves alike.
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        dim = 1 if self.config.input_size else 2
+        guided, rest = out.tensor_split([self.config.guided_channels or self.config.in_channels], dim=dim)
+        conditional, null = guided.chunk(2)
+        result = null + cfg_scale * (conditional - null)
+        return torch.cat([torch.cat([result, result]), rest], dim=dim)
 
     def step(
         self, x: Tensor, modulations: list[Tensor], text: TextTokens | None = None, image_tokens: Tensor | None = None
@@ -246,10 +262,11 @@ class DiT(PretrainedMixin, nn.Module):
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def timestep_features(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2)): t (B,) -> (B, dim) float32."""
+def timestep_features(t: Tensor, dim: int, max_period: float = 10_000.0, shift: int = 0) -> Tensor:
+    """[cos(t w_i), sin(t w_i)] with w_i = max_period^(-i / (dim / 2 - shift)): t (B,) -> (B, dim) float32."""
     half = dim // 2
-    w = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (dim / 2,)
+    w = torch.arange(half, dtype=torch.float32, device=t.device)
+    w = torch.exp(-math.log(max_period) * w / (half - shift))  # (dim / 2,)
     angles = t.float().unsqueeze(1) * w  # (B, dim / 2)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,17 +29,65 @@ def is_untouched(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     return not hooks and "forward" not in vars(module)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection of width 3 D."""
+class Rotary(NamedTuple):
+    """By which angles one block turns queries and keys of consecutive rows of its sequence."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    cos: Tensor  # (n, H, D / 2) float32
+    sin: Tensor
+    start: int  # the first of the n rows
+
+    def turn(self, x: Tensor, first: int = 0) -> Tensor:
+        """x (B, M, H, D), rows ``first`` and on of the sequence -> the same with numbers 2 i and 2 i + 1 turned as a pair."""
+        begin, end = (min(max(row - first, 0), x.shape[1]) for row in (self.start, self.start + len(self.cos)))
+        if begin == end:
+            return x
+        there = slice(begin + first - self.start, end + first - self.start)
+        cos, sin = self.cos[there], self.sin[there]
+        even, odd = x[:, begin:end].float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, n, H, D / 2)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+        return torch.cat([x[:, :begin], turned, x[:, end:]], dim=1)
+
+
+class RotaryPositions(nn.Module):
+    """Learned 2-D rotary positions, the mixed ones of RoPE-ViT (Heo et al. 2024, arXiv 2403.13298).
+
+    Pair i of a head at (column x, row y) turns by x f_x[i] + y f_y[i], with frequencies of its own in every block and head.
+    """
+
+    def __init__(self, depth: int, heads: int, head_dim: int, grid: int, theta: float = 10.0) -> None:
+        super().__init__()
+        self.heads, self.grid = heads, grid
+        magnitude = theta ** (-torch.arange(0, head_dim, 4) / head_dim)  # (D / 4,)
+        angle = 2 * math.pi * torch.rand(depth, heads, 1)
+        directions = torch.cat([magnitude * torch.exp(1j * angle), magnitude * torch.exp(1j * (angle + math.pi / 2))], dim=-1)
+        self.frequencies = nn.Parameter(torch.stack([directions.real, directions.imag]).flatten(2))  # (2, depth, H D / 2)
+
+    def forward(self, start: int) -> list[Rotary]:
+        """For each block, with the patches at rows ``start`` and on."""
+        row, column = torch.meshgrid(*[torch.arange(self.grid, device=self.frequencies.device)] * 2, indexing="ij")
+        places = torch.stack([column.flatten(), row.flatten()], dim=1).float()  # (hw, 2)
+        angles = torch.einsum("np,pld->lnd", places, self.frequencies.float()).unflatten(-1, (self.heads, -1))
+        return [Rotary(each.cos(), each.sin(), start) for each in angles]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection of width 3 D; ``qk_norm``: a LayerNorm over each query and key."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else None
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: slice | None = None, rotary: Rotary | None = None) -> Tensor:
         """x (B, N, D), mask (B, N) bool over keys -> (B, N, D), or only the ``rows`` of it (B, N_rows, D)."""
+        if rotary is not None or self.q_norm is not None or self.k_norm is not None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
+            q = q if rows is None else q[:, rows]
+            q, k = q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
+            return self.proj(ops.attention(*turned(q, k, rows, rotary), v, mask))
         if rows is None or not is_plain(self.qkv, nn.Linear):
             return self.proj(ops.short_attention(self.qkv(x), self.heads, mask, rows))
         # Rows that nobody reads need keys and values, but no query.
@@ -47,6 +97,13 @@ class Attention(nn.Module):
         kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])  # (B, N, 2 D)
         k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, N, H, D / H)
         return self.proj(ops.attention(q, k, v, mask))
+
+
+def turned(q: Tensor, k: Tensor, rows: slice | None, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    """Queries (B, N_rows, H, D), of ``rows`` of the sequence, and keys (B, N, H, D), turned by ``rotary``."""
+    if rotary is None:
+        return q, k
+    return rotary.turn(q, 0 if rows is None else rows.start), rotary.turn(k)
 
 
 class CrossAttention(nn.Module):
@@ -96,11 +153,17 @@ class ViTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(
-        self, x: Tensor, hidden: Tensor, following: nn.LayerNorm, mask: Tensor | None = None, rows: slice | None = None
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        following: nn.LayerNorm,
+        mask: Tensor | None = None,
+        rows: slice | None = None,
+        rotary: Rotary | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them that are needed."""
         residual = x if rows is None else x[:, rows]
-        x, hidden = add_and_norm(residual, self.attn(hidden, mask, rows), self.norm2)
+        x, hidden = add_and_norm(residual, self.attn(hidden, mask, rows, rotary), self.norm2)
         return add_and_norm(x, self.mlp(hidden), following)
 
 
@@ -115,13 +178,21 @@ def add_and_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, gate: Tensor | N
     return x, norm(x)
 
 
-def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList,
+    norm: nn.LayerNorm,
+    x: Tensor,
+    mask: Tensor | None,
+    rows: slice,
+    rotaries: Sequence[Rotary] | None = None,
+) -> Tensor:
     """A whole ViT: x (B, N, D) -> norm(last block's x), only the ``rows`` of it, (B, N_rows, D)."""
     following = [*(block.norm1 for block in blocks[1:]), norm]
     hidden = blocks[0].norm1(x)  # type: ignore[operator]
     for index, block in enumerate(blocks):
         last = index == len(blocks) - 1
-        x, hidden = block(x, hidden, following[index], mask, rows if last else None)
+        rotary = None if rotaries is None else rotaries[index]
+        x, hidden = block(x, hidden, following[index], mask, rows if last else None, rotary)
     return hidden
 
 

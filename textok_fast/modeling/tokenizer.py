@@ -16,7 +16,7 @@ from textok_fast import ops
 from textok_fast.config import TexTokConfig
 from textok_fast.errors import InputError
 from textok_fast.modeling.bottlenecks import BottleneckOutput, build_bottleneck
-from textok_fast.modeling.layers import TextProjection, TextTokens, ViTBlock, run_blocks
+from textok_fast.modeling.layers import RotaryPositions, TextProjection, TextTokens, ViTBlock, run_blocks
 from textok_fast.modeling.saving import PretrainedMixin
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder
 
@@ -25,7 +25,10 @@ Captions = Sequence[str | None] | str | TextFeatures | tuple[Tensor, Tensor] | T
 
 
 class Encoder(nn.Module):
-    """ViT over [patches, latents, text] with full self-attention; the latents' outputs are projected to d channels."""
+    """ViT over [patches, latents, text] with full self-attention; the latents' outputs are projected to d channels.
+
+    Registers stand behind the latents, in one parameter with them.
+    """
 
     def __init__(self, config: TexTokConfig, out_dim: int) -> None:
         super().__init__()
@@ -34,11 +37,17 @@ class Encoder(nn.Module):
         self.latent_rows = slice(config.num_patches, config.num_patches + config.num_tokens)
         self.patch_embed = nn.Linear(3 * config.patch_size**2, width)
         self.patch_positions = nn.Parameter(torch.empty(config.num_patches, width))
-        self.latents = nn.Parameter(torch.empty(config.num_tokens, width))
+        self.latents = nn.Parameter(torch.empty(config.num_tokens + config.registers, width))
         positions = config.max_text_tokens if config.text_positions else 0
         self.text = TextProjection(config.text_dim, width, positions) if config.text_in_encoder else None
-        self.blocks = nn.ModuleList(ViTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.encoder_depth))
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
+        self.rope = (
+            RotaryPositions(config.encoder_depth, config.heads, width // config.heads, config.grid) if config.rope else None
+        )
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, config.heads, config.mlp_ratio, config.norm_eps) for _ in range(config.encoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.to_latents = nn.Linear(width, out_dim)
 
     def forward(self, pixels: Tensor, text: TextFeatures | None) -> Tensor:
@@ -48,40 +57,57 @@ class Encoder(nn.Module):
         else:
             patches = ops.patchify(pixels, self.patch_size)  # (B, hw, 3 p p)
         patches = self.patch_embed(patches) + self.patch_positions  # (B, hw, D)
-        latents = self.latents.expand(pixels.shape[0], -1, -1)  # (B, N, D)
+        latents = self.latents.expand(pixels.shape[0], -1, -1)  # (B, N + R, D)
         tokens = None if self.text is None else self.text(text, pixels.shape[0])
-        x, mask = join_text(torch.cat([patches, latents], dim=1), tokens)  # (B, hw + N + N_t, D)
-        return self.to_latents(run_blocks(self.blocks, self.norm, x, mask, self.latent_rows))  # (B, N, out_dim)
+        x, mask = join_text(torch.cat([patches, latents], dim=1), tokens)  # (B, hw + N + R + N_t, D)
+        x, rotaries = x if self.pre_norm is None else self.pre_norm(x), None if self.rope is None else self.rope(0)
+        return self.to_latents(run_blocks(self.blocks, self.norm, x, mask, self.latent_rows, rotaries))  # (B, N, out_dim)
 
 
 class Decoder(nn.Module):
-    """ViT over [patch queries, latents, text]; the queries' outputs are projected to pixels."""
+    """ViT over [patch queries, latents, text]; the queries' outputs are projected to pixels.
+
+    Registers stand behind the patch queries, in one parameter with them.
+    """
 
     def __init__(self, config: TexTokConfig) -> None:
         super().__init__()
-        width = config.width
+        width, heads = config.decoder_sizes
         self.patch_size = config.patch_size
         self.patch_rows = slice(0, config.num_patches)
-        self.queries = nn.Parameter(torch.empty(config.num_patches, width))
+        self.queries = nn.Parameter(torch.empty(config.num_patches + config.decoder_registers, width))
         self.from_latents = nn.Linear(config.latent_dim, width)
         self.latent_positions = nn.Parameter(torch.empty(config.num_tokens, width))
         positions = config.max_text_tokens if config.text_positions else 0
         self.text = TextProjection(config.text_dim, width, positions) if config.text_in_decoder else None
-        self.blocks = nn.ModuleList(ViTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
+        self.rope = RotaryPositions(config.decoder_depth, heads, width // heads, config.grid) if config.rope else None
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, heads, config.mlp_ratio, config.norm_eps) for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
+        self.conv_out = nn.Conv2d(3, 3, 3, padding=1) if config.pixel_conv else None
 
     def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """latents (B, N, d) -> pixels (B, 3, S, S), not clamped."""
-        return ops.unpatchify(self.patches(latents, text), self.patch_size)  # (B, 3, S, S)
+        pixels = ops.unpatchify(self.patches(latents, text), self.patch_size)  # (B, 3, S, S)
+        return pixels if self.conv_out is None else self.conv_out(pixels)
+
+    def uint8(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
+        """latents (B, N, d) -> bytes (B, S, S, 3), rounded to nearest."""
+        if self.conv_out is None:
+            return ops.unpatchify_uint8(self.patches(latents, text), self.patch_size)
+        return to_uint8(self(latents, text))
 
     def patches(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
-        """latents (B, N, d) -> flat patches (B, hw, 3 p p), not clamped."""
-        queries = self.queries.expand(latents.shape[0], -1, -1)  # (B, hw, D)
+        """latents (B, N, d) -> flat patches (B, hw, 3 p p), not clamped, before the convolution of a model that has one."""
+        queries = self.queries.expand(latents.shape[0], -1, -1)  # (B, hw + R, D)
         embedded = self.from_latents(latents) + self.latent_positions  # (B, N, D)
         tokens = None if self.text is None else self.text(text, latents.shape[0])
-        x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + N + N_t, D)
-        return self.to_pixels(run_blocks(self.blocks, self.norm, x, mask, self.patch_rows))  # (B, hw, 3 p p)
+        x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + R + N + N_t, D)
+        x, rotaries = x if self.pre_norm is None else self.pre_norm(x), None if self.rope is None else self.rope(0)
+        return self.to_pixels(run_blocks(self.blocks, self.norm, x, mask, self.patch_rows, rotaries))  # (B, hw, 3 p p)
 
 
 def join_text(x: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +265,7 @@ class TexTok(PretrainedMixin, nn.Module):
         latents = self._raw_latents(self._check_tokens(tokens).to(self.device))
         text = self.text_features(captions, len(latents)) if self.config.text_in_decoder else None
         if output == "uint8":
-            return ops.unpatchify_uint8(self.decoder.patches(latents, text), self.config.patch_size)
+            return self.decoder.uint8(latents, text)
         return self.decoder(latents, text).clamp(-1.0, 1.0)
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -309,6 +335,8 @@ class TexTok(PretrainedMixin, nn.Module):
         for caption in captions:
             if not (caption is None or isinstance(caption, str)):
                 raise InputError(f"captions must be strings or None, got {type(caption).__name__}")
+        if not any(captions):
+            return None  # without loading an encoder
         features, mask = self.text_encoder([caption or "" for caption in captions])
         return TextFeatures(features.to(self.device, self.dtype), mask.to(self.device))
 

@@ -1,0 +1,223 @@
+"""``load`` and ``convert`` over all kinds, the command, and DiT in diffusers' layout, held to diffusers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from textok_fast import DiT, DiTConfig, InputError, TexTok, cli, interop
+from textok_fast.diffusion import build_process
+from textok_fast.inference import Engine, Plan, SamplingOptions, load_pipeline
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def awake(**overrides: Any) -> DiT:
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 4, "width": 32, "depth": 2, "heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(**{**sizes, **overrides}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# -- the table of kinds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("dit_2d", "dit"), ("dit_1d", "dit-1d"), ("sit_1d", "sit-1d"), ("titok_vq", "titok"), ("tatitok_vq", "tatitok")],
+)
+def test_the_kind_is_guessed(golden: Callable[[str], Any], name: str, kind: str) -> None:
+    assert interop.guess_kind(interop.read_weights(golden(name)[0])) == kind
+    assert set(cli.WEIGHT_KINDS) == set(interop.KINDS)
+
+
+@pytest.mark.parametrize("name", ["dit_2d", "dit_1d", "sit_1d"])
+@torch.no_grad()
+def test_generators_give_the_peers_output(golden: Callable[[str], Any], name: str, tmp_path: Path) -> None:
+    weights, io, config = golden(name)
+    torch.save({"ema": weights, "model": {}}, tmp_path / "public.pt")
+    model = interop.load(None, tmp_path / "public.pt", heads=config["num_heads"])
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["out"], **CLOSE)
+    engine = Engine(model, Plan())  # type: ignore[call-overload]
+    torch.testing.assert_close(engine(io["x"], io["t"], io["y"]), io["out"], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@torch.no_grad()
+def test_guidance_on_as_many_channels_as_said(golden: Callable[[str], Any], channels: int) -> None:
+    weights, io, config = golden("dit_2d")
+    model: Any = interop.load("dit", weights, heads=config["num_heads"], guided_channels=channels)
+    out = model.forward_with_cfg(io["cfg_x"], io["cfg_t"], io["cfg_y"], config["cfg_scale"])
+    torch.testing.assert_close(out[:, :3], io["cfg_out"][:, :3], **CLOSE)
+    assert torch.allclose(out[:, 3], io["cfg_out"][:, 3], atol=1e-5) is (channels == 3)
+    torch.testing.assert_close(out[:, 4:], io["cfg_out"][:, 4:], **CLOSE)
+    # The engine guides so by itself.
+    process = build_process("gaussian", True)
+    options: dict[str, Any] = {"labels": torch.tensor([1, 2]), "seeds": [3, 4], "steps": 3, "guidance_scale": 4.0}
+    engine = Engine(model, Plan())
+    assert torch.equal(engine.sample(process, **options), engine.sample(process, guided_channels=channels, **options))
+    assert not torch.equal(engine.sample(process, **options), engine.sample(process, guided_channels=1, **options))
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+@torch.no_grad()
+def test_normalized_queries_and_keys(tokens: int) -> None:
+    """qk-norm: a peer's block written from the formula, our DiT and the engine over it."""
+    sizes: dict[str, Any] = {"num_tokens": tokens, "input_size": 0, "patch_size": 1} if tokens else {}
+    model = awake(**sizes, qk_norm=True, learn_sigma=False)
+    state = dict(model.state_dict())
+    assert "blocks.1.attn.k_norm.weight" in state
+    if not tokens:
+        state["x_embedder.proj.weight"] = state.pop("x_embedder.weight").unflatten(1, (4, 2, 2))
+        state["x_embedder.proj.bias"] = state.pop("x_embedder.bias")
+        for name in ("weight", "bias"):
+            last = state[f"final_layer.linear.{name}"].unflatten(0, (4, 2, 2))
+            state[f"final_layer.linear.{name}"] = last.movedim(0, 2).flatten(0, 2)
+    again: Any = interop.load("sit-1d" if tokens else "dit", state, heads=2)
+    x = torch.randn(2, tokens, 4) if tokens else torch.randn(2, 4, 8, 8)
+    t, y = torch.tensor([0.1, 0.7]), torch.tensor([1, 5])
+    torch.testing.assert_close(again(x, t, y), model(x, t, y), **CLOSE)
+    for precision, bound in (("fp32", 1e-5), ("bf16", 0.03), ("int8", 0.05), ("fp8", 0.15)):
+        out = Engine(again, Plan(precision))(x, t, y)  # type: ignore[arg-type]
+        assert (out - model(x, t, y)).norm() / model(x, t, y).norm() < bound
+    attention = model.blocks[0].attn
+    hidden = torch.randn(2, 7, 32)
+    q, k, v = attention.qkv(hidden).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # type: ignore[operator,union-attr]
+    q, k = attention.q_norm(q), attention.k_norm(k)  # type: ignore[operator,union-attr]
+    mixed = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+    wanted = attention.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(attention(hidden), wanted, **CLOSE)  # type: ignore[operator]
+
+
+def test_wrong_kinds_and_options_are_named(golden: Callable[[str], Any]) -> None:
+    weights, _, config = golden("dit_2d")
+    with pytest.raises(InputError, match="unknown kind of weights 'pixart'; known: dit, diffusers-dit"):
+        interop.load("pixart", weights)
+    with pytest.raises(InputError, match="looks like dit .*, not like titok"):
+        interop.load("titok", weights)
+    with pytest.raises(InputError, match="holds no model that is known here"):
+        interop.load(None, {"w": torch.zeros(1)})
+    with pytest.raises(InputError, match="unexpected keyword argument 'guided'"):
+        interop.load("dit", weights, heads=config["num_heads"], guided=3)
+    with pytest.raises(InputError, match="learn_sigma=False|learn_sigma=True"):
+        interop.load("dit-1d", golden("sit_1d")[0], heads=4)
+
+
+# -- diffusers -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    peer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=5, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    for block in peer.transformer_blocks[1:]:  # as the published weights were converted: one embedder, in every block
+        block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
+    peer.save_pretrained(tmp_path / "peer")
+    model: Any = interop.load("diffusers-dit", tmp_path / "peer", guided_channels=3)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 5])
+    wanted = peer(x, t, y, return_dict=False)[0]
+    torch.testing.assert_close(model(x, t, y), wanted, **CLOSE)
+    torch.testing.assert_close(Engine(model, Plan())(x, t, y), wanted, atol=2e-5, rtol=1e-4)
+    assert model.config.guided_channels == 3
+    back = interop.to_diffusers_dit(model)
+    torch.testing.assert_close(back(x, t, y, return_dict=False)[0], wanted, **CLOSE)
+    ours = awake()
+    torch.testing.assert_close(interop.to_diffusers_dit(ours)(x, t, y, return_dict=False)[0], ours(x, t, y), **CLOSE)
+    peer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.add_(1)
+    peer.save_pretrained(tmp_path / "uneven")
+    with pytest.raises(InputError, match="class_embedder.embedding_table.weight differs from block to block"):
+        interop.load("diffusers-dit", tmp_path / "uneven")
+    with pytest.raises(InputError, match="2-D patches with class labels"):
+        interop.to_diffusers_dit(awake(num_tokens=4, input_size=0, patch_size=1))
+    with pytest.raises(InputError, match="no config.json"):
+        interop.load("diffusers-dit", dict(peer.state_dict()))
+
+
+@torch.no_grad()
+def test_the_sd_vae_is_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    model: Any = interop.load(None, tmp_path / "vae")
+    z, x = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 8, 8)
+    assert torch.equal(model.decode(z).sample, vae.decode(z).sample)
+    assert torch.equal(model.encode(x).latent_dist.mode(), vae.encode(x).latent_dist.mode())
+    # Older files name the attention's layers otherwise, and as 1 x 1 convolutions.
+    old = {}
+    for name, value in vae.state_dict().items():
+        for new, former in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+            if new in name and value.ndim == 2:
+                value = value[:, :, None, None]
+            name = name.replace(new, former)
+        old[name] = value.contiguous()
+    (tmp_path / "old").mkdir()
+    save_file(old, tmp_path / "old" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "old" / "config.json").write_text((tmp_path / "vae" / "config.json").read_text())
+    again: Any = interop.load("sd-vae", tmp_path / "old")
+    assert torch.equal(again.decode(z).sample, vae.decode(z).sample)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_our_own_format(
+    golden: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, io, _ = golden("tatitok_vq")
+    save_file(weights, tmp_path / "foreign.safetensors")
+    command = ["convert", "--weights", str(tmp_path / "foreign.safetensors"), "--out", str(tmp_path / "own"), "heads=4"]
+    assert cli.main(command) == 0
+    assert "tatitok (TA-TiTok, VQ or KL)" in (out := capsys.readouterr().out) and f"wrote {tmp_path / 'own'}" in out
+    tokenizer = TexTok.from_pretrained(tmp_path / "own")
+    assert torch.equal(tokenizer.encode(2 * io["image"] - 1).indices, io["indices"].squeeze(1))  # type: ignore[arg-type]
+    assert cli.main(["convert", "--from", "dit", *command[1:]]) == 2
+    assert "looks like tatitok" in capsys.readouterr().err
+    assert cli.main([*command, "colour"]) == 2
+    assert "settings are key=value, or tokenizer.key=value, got 'colour'" in capsys.readouterr().err
+
+
+def test_a_generator_and_its_tokenizer_become_a_pipeline(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    sit, _, config = golden("sit_1d")  # 8 tokens of 6 channels, as the tokenizer's
+    titok, _, _ = golden("tatitok_vae")
+    tokenizer = interop.convert_titok(titok, 4)
+    with pytest.raises(InputError, match="no published DiT has width 32: give heads"):
+        interop.convert("sit-1d", sit, tmp_path / "pipe", tokenizer=titok)
+    save_file(sit, tmp_path / "sit.safetensors")
+    report = interop.convert(
+        "sit-1d",
+        tmp_path / "sit.safetensors",
+        tmp_path / "pipe",
+        dict(titok),
+        heads=config["num_heads"],
+        tokenizer_options={"heads": 4},
+    )
+    assert report["kind"] == "sit-1d" and report["tokenizer"] == "TA-TiTok, VQ or KL"
+    pipe = load_pipeline(tmp_path / "pipe", plan=Plan())
+    made = pipe([7, 8], captions=["", ""], seed=0, options=SamplingOptions(steps=2, guidance_scale=2.0))  # type: ignore[call-arg]
+    assert made.images.shape == (2, 32, 32, 3) and made.tokens.shape == (2, 8, 6)
+    assert isinstance(tokenizer, TexTok)
+
+
+def test_tokens_that_do_not_fit_are_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    sit, titok = golden("sit_1d")[0], golden("titok_vq")[0]
+    with pytest.raises(InputError, match="makes 8 tokens of 6 channels, the tokenizer has 8 of 4"):
+        interop.convert("sit-1d", sit, tmp_path / "pipe", titok, heads=4, tokenizer_options={"heads": 4})
+    with pytest.raises(InputError, match="a tokenizer goes with a generator"):
+        interop.convert("titok", titok, tmp_path / "pipe", titok, heads=4)
+    assert not (tmp_path / "pipe").exists()

@@ -1,0 +1,135 @@
+"""TiTok and TA-TiTok: their recorded outputs, their calls, and the engine over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from textok_fast import InputError, TexTok, interop
+from textok_fast.inference import Engine, Plan
+from textok_fast.interop import TiTok, convert_titok
+from textok_fast.interop.titok import Posterior
+
+HEADS = 4
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def loaded(golden: Callable[[str], Any], name: str, **options: Any) -> tuple[TiTok, dict[str, torch.Tensor]]:
+    weights, io, config = golden(name)
+    if name != "tatitok_vae":
+        options["normalize_codes"] = config["use_l2_norm"]
+    model = interop.load("titok" if name == "titok_vq" else "tatitok", weights, heads=HEADS, **options)
+    assert isinstance(model, TiTok)
+    return model, io
+
+
+@pytest.mark.parametrize("name", ["titok_vq", "tatitok_vq", "tatitok_vae"])
+@torch.no_grad()
+def test_gives_the_peers_output(golden: Callable[[str], Any], name: str) -> None:
+    model, io = loaded(golden, name)
+    core = model.tokenizer
+    z = core.encoder(2 * io["image"] - 1, None)  # (B, N, C)
+    torch.testing.assert_close(z.transpose(1, 2).unsqueeze(2), io["encoder_out"], **CLOSE)
+    quantized, found = model.encode(io["image"])
+    text = (io["text_guidance"],) if "text_guidance" in io else ()
+    if name == "tatitok_vae":
+        assert isinstance(found, Posterior)
+        torch.testing.assert_close(found.mean, io["mean"], **CLOSE)
+        torch.testing.assert_close(found.logvar, io["logvar"], **CLOSE)
+        torch.testing.assert_close(model.decode(found.mode(), *text), io["decoded"], **CLOSE)
+        torch.testing.assert_close(model.decode_tokens(found.mode(), *text), io["decoded"], **CLOSE)
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(found.mean.shape, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(model.encode(io["image"], generator)[0], found.mean + torch.exp(0.5 * found.logvar) * noise)
+        return
+    assert isinstance(found, dict)
+    assert torch.equal(found["min_encoding_indices"], io["indices"])
+    torch.testing.assert_close(quantized, io["z_quantized"], **CLOSE)
+    torch.testing.assert_close(model.decode_tokens(io["indices"], *text), io["decoded"], **CLOSE)
+    torch.testing.assert_close(model.decode_tokens(io["indices"].squeeze(1), *text), io["decoded"], **CLOSE)
+    torch.testing.assert_close(model(io["image"], *text)[0], io["decoded"], **CLOSE)
+    torch.testing.assert_close(found["quantizer_loss"], found["commitment_loss"] + found["codebook_loss"])
+
+
+@pytest.mark.parametrize("name", ["titok_vq", "tatitok_vae"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@torch.no_grad()
+def test_runs_in_the_engine(golden: Callable[[str], Any], name: str, precision: Any) -> None:
+    model, io = loaded(golden, name)
+    fast = TiTok(Engine(model.tokenizer, Plan(precision)))
+    text = (io["text_guidance"],) if "text_guidance" in io else ()
+    close = {"fp32": {"atol": 2e-5, "rtol": 1e-4}, "bf16": {"atol": 3e-2, "rtol": 3e-2}}[precision]
+    z = io["mean"] if name == "tatitok_vae" else io["z_quantized"]
+    torch.testing.assert_close(fast.decode(z, *text).float(), io["decoded"], **close)
+    _, found = fast.encode(io["image"])
+    if isinstance(found, Posterior):
+        torch.testing.assert_close(found.mean.float(), io["mean"], **close)
+    elif precision == "fp32":
+        assert torch.equal(found["min_encoding_indices"], io["indices"])
+    pictures = Engine(model.tokenizer, Plan(precision)).decode(
+        model.tokenizer.encode(2 * io["image"] - 1), *text, output="uint8"
+    )
+    assert pictures.dtype == torch.uint8 and pictures.shape == (2, 32, 32, 3)
+
+
+def test_is_an_ordinary_tokenizer(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    weights, io, _ = golden("tatitok_vae")
+    tokenizer = convert_titok(weights, HEADS)
+    again = TexTok.from_pretrained(tokenizer.save_pretrained(tmp_path / "own"))
+    tokens = again.encode(2 * io["image"] - 1)
+    assert again.config.text == "decoder" and again.config.text_dim == 12 and tokens.shape == (2, 8, 6)
+    wanted = (2 * io["decoded"] - 1).clamp(-1, 1)
+    torch.testing.assert_close(again.decode(tokens.mode(), io["text_guidance"]), wanted, atol=3e-5, rtol=1e-5)
+    uint8 = again.decode(tokens.mode(), io["text_guidance"], output="uint8")
+    assert ((uint8.permute(0, 3, 1, 2).float() / 127.5 - 1 - wanted).abs() < 1 / 127).all()
+
+
+def test_another_caption_gives_another_picture(golden: Callable[[str], Any]) -> None:
+    model, io = loaded(golden, "tatitok_vq")
+    one = model.decode_tokens(io["indices"], io["text_guidance"])
+    assert not torch.allclose(model.decode_tokens(io["indices"], 10 * io["text_guidance"].flip(0)), one, atol=1e-4)
+    with pytest.raises(InputError, match=r"decodes with text: give text_guidance \(B, N_t, 12\)"):
+        model.decode_tokens(io["indices"])
+    plain, io = loaded(golden, "titok_vq")
+    with pytest.raises(InputError, match="has no text"):
+        plain.decode_tokens(io["indices"], torch.zeros(2, 7, 12))
+
+
+def test_bad_input_is_named(golden: Callable[[str], Any]) -> None:
+    model, io = loaded(golden, "titok_vq")
+    with pytest.raises(InputError, match="in \\[0, 1\\], got torch.uint8"):
+        model.encode(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    with pytest.raises(InputError, match="in \\[-1, 1\\]"):
+        model.encode(2 + io["image"])
+    with pytest.raises(InputError, match=r"latents must be \(B, 4, 1, 8\), got \(2, 8, 4\)"):
+        model.decode(torch.zeros(2, 8, 4))
+    with pytest.raises(InputError, match=r"token indices must be \(B, 8\) int64, got \(2, 7\)"):
+        model.decode_tokens(io["indices"][..., :7])
+    with pytest.raises(InputError, match=r"in \[0, 24\)"):
+        model.decode_tokens(io["indices"] + 24)
+    with pytest.raises(InputError, match="tokens must be integers"):
+        model.decode_tokens(torch.zeros(2, 1, 8))
+
+
+def test_weights_that_do_not_fit_are_named(golden: Callable[[str], Any]) -> None:
+    weights, _, _ = golden("titok_vq")
+    without = {key: value for key, value in weights.items() if key != "encoder.transformer.1.attn.in_proj_bias"}
+    for changed, message in (
+        (without, "encoder.transformer.1.attn.in_proj_bias is missing"),
+        ({**weights, "decoder.extra": torch.zeros(1)}, "unexpected decoder.extra"),
+        (
+            {**weights, "decoder.transformer.0.mlp.c_fc.weight": torch.zeros(3, 3)},
+            "decoder.blocks.0.mlp.fc1.weight has the shape",
+        ),
+        ({**weights, "decoder.ffn.2.weight": torch.zeros(1)}, "two-stage TiTok"),
+    ):
+        with pytest.raises(InputError, match=message):
+            interop.load("titok", changed, heads=HEADS)
+    with pytest.raises(InputError, match="width 32: give heads"):
+        interop.load("titok", weights)
+    with pytest.raises(InputError, match="unexpected keyword argument 'colour'"):
+        interop.load("titok", weights, colour=3)

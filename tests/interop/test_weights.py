@@ -1,0 +1,111 @@
+"""Files of weights: what is read, and what is refused without running anything in it."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from textok_fast import InputError
+from textok_fast.interop import read_weights
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
+
+
+def same(found: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == STATE.keys() and all(torch.equal(found[key], STATE[key]) for key in STATE)
+
+
+@pytest.mark.parametrize("nest", ["", "ema", "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_nests_and_wrappers_come_off(tmp_path: Path, nest: str, prefix: str) -> None:
+    state: Any = {prefix + key: value for key, value in STATE.items()}
+    if nest:
+        state = {nest: state, "epoch": 3, "opt": {"lr": 1e-4}}
+    torch.save(state, tmp_path / "model.pt")
+    assert same(read_weights(tmp_path / "model.pt").state) and same(read_weights(state).state)
+
+
+def test_ema_comes_before_the_model(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}, tmp_path / "checkpoint.ckpt")
+    assert read_weights(tmp_path / "checkpoint.ckpt").state["w"] == 1
+
+
+def test_directories_and_their_configuration(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"sample_size": 8}')
+    found = read_weights(tmp_path)
+    assert same(found.state) and found.config == {"sample_size": 8} and found.source.endswith("model.safetensors")
+    torch.save(STATE, tmp_path / "other.pt")
+    assert same(read_weights(tmp_path).state)  # the usual name first
+    (tmp_path / "model.safetensors").unlink()
+    assert same(read_weights(tmp_path).state)
+    torch.save(STATE, tmp_path / "third.pt")
+    with pytest.raises(InputError, match=r"found 2 of them \(other.pt, third.pt\): name one"):
+        read_weights(tmp_path)
+
+
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, old: bool) -> None:
+    mark = tmp_path / "it-ran"
+    torch.save({"a": torch.ones(1), "b": Bomb(mark)}, tmp_path / "model.pt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(InputError, match="something else than tensors, and nothing of it was run"):
+        read_weights(tmp_path / "model.pt")
+    assert not mark.exists()
+
+
+def test_files_that_are_not_what_they_claim(tmp_path: Path) -> None:
+    def write(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    torch.save(STATE, tmp_path / "whole.pt")
+    save_file(STATE, tmp_path / "whole.safetensors")
+    whole = {suffix: (tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("pt", "safetensors")}
+    page = b"<!DOCTYPE html><html>Sign in</html>"
+    for path, message in (
+        (write("page.pt", page), "it is a web page"),
+        (write("page.safetensors", page), "it is a web page"),
+        (write("pointer.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "pointer of Git LFS"),
+        (write("empty.pt", b""), "it is empty"),
+        (write("empty.safetensors", b""), "it is empty"),
+        (write("short.pt", whole["pt"][: len(whole["pt"]) // 2]), "is no file of torch.save"),
+        (write("short.safetensors", whole["safetensors"][:-5]), "is no safetensors file"),
+        (write("model.h5", b"x"), "wanted a .safetensors file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_weights(path)
+    with zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
+        archive.writestr("readme.txt", "not a model")
+    with pytest.raises(InputError, match="is no file of torch.save"):
+        read_weights(tmp_path / "archive.pt")
+    for number, (content, message) in enumerate(
+        (([1, 2], "holds a list"), ({"step": 3}, "no tensors by name; its entries: step"))
+    ):
+        torch.save(content, tmp_path / f"odd{number}.pt")
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path / f"odd{number}.pt")
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no weights at /nowhere"):
+        read_weights("/nowhere/model.pt")
+    with pytest.raises(InputError, match="found none"):
+        read_weights(tmp_path)
+    for name in ("nobody/no-such-model", "nobody/no-such-model/weights.pt"):
+        with pytest.raises(InputError, match="the Hub has none or cannot be reached"):
+            read_weights(name)

@@ -1,0 +1,201 @@
+"""One function for all kinds of foreign weights, and one that writes them in our own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from textok_fast.errors import InputError
+from textok_fast.files import write_text
+from textok_fast.interop.dit import load_diffusers_dit, load_dit
+from textok_fast.interop.softvq import ContinuousTokenizer, convert_softvq
+from textok_fast.interop.titok import TiTok, convert_titok
+from textok_fast.interop.weights import Source, Weights, read_weights
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.saving import load_state
+from textok_fast.modeling.tokenizer import TexTok
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of public weights.
+
+    ``build``: (weights, **options) -> our model. ``wrap``: our model -> an object with the peer's own calls; None where our
+    model has them itself. ``what``: for readers.
+    """
+
+    what: str
+    build: Callable[..., nn.Module]
+    wrap: Callable[[nn.Module], nn.Module] | None = None
+
+
+def _dit(weights: Weights, **options: Any) -> nn.Module:
+    return load_dit(weights.state, **options)
+
+
+def _one_d(sigma: bool) -> Callable[..., nn.Module]:
+    def build(weights: Weights, heads: int | None = None, guided_channels: int = 0) -> nn.Module:
+        return load_dit(weights.state, heads, sigma, guided_channels)
+
+    return build
+
+
+def _diffusers_dit(weights: Weights, **options: Any) -> nn.Module:
+    if not weights.config:
+        raise InputError(f"{weights.source} has no config.json beside it, which a diffusers model's sizes are read from")
+    return load_diffusers_dit(weights.state, weights.config, **options)
+
+
+def _titok(weights: Weights, **options: Any) -> nn.Module:
+    return convert_titok(weights.state, **options)
+
+
+def _softvq(weights: Weights, **options: Any) -> nn.Module:
+    return convert_softvq(weights.state, weights.config, **options)
+
+
+# Older files of it name its attention's layers otherwise.
+_SD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_SD_VAE: dict[str, Any] = {  # of Stable Diffusion 1: f8, 4 channels
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 256,
+}
+
+
+def _sd_vae(weights: Weights) -> nn.Module:
+    """diffusers' AutoencoderKL itself: ``encode(x).latent_dist``, ``decode(z).sample``."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise InputError("the SD-VAE runs through diffusers: pip install 'textok-fast[bench]'") from None
+    state = {}
+    for name, value in weights.state.items():
+        for old, new in _SD_VAE_NAMES.items():
+            name = name.replace(old, new) if ".attentions." in name else name
+        state[name] = value.flatten(1) if ".to_" in name and value.ndim == 4 else value  # once 1 x 1 convolutions
+    vae = AutoencoderKL.from_config(weights.config or _SD_VAE)
+    load_state(vae, state, weights.source)
+    return vae.eval()
+
+
+KINDS: dict[str, Kind] = {
+    "dit": Kind("DiT over 2-D patches, as facebookresearch/DiT saves it", _dit),
+    "diffusers-dit": Kind("diffusers' DiTTransformer2DModel", _diffusers_dit),
+    "dit-1d": Kind("DiT over 1-D tokens with learned variance (SoftVQ-VAE)", _one_d(True)),
+    "sit-1d": Kind("SiT over 1-D tokens, a flow (SoftVQ-VAE, MAETok)", _one_d(False)),
+    "titok": Kind("TiTok, single-stage, VQ or KL", _titok, TiTok),
+    "tatitok": Kind("TA-TiTok, VQ or KL", _titok, TiTok),
+    "softvq": Kind("SoftVQ-VAE's tokenizer", _softvq, ContinuousTokenizer),
+    "maetok": Kind("MAETok's tokenizer", _softvq, ContinuousTokenizer),
+    "sd-vae": Kind("Stable Diffusion's autoencoder f8, through diffusers", _sd_vae),
+}
+OBJECTIVES = {"dit": "gaussian", "diffusers-dit": "gaussian", "dit-1d": "gaussian", "sit-1d": "flow"}
+
+
+def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
+    """A foreign model on our modules, in eval mode and float32, called as its own code calls it.
+
+    Generators are ``model(x, t, y)``; TiTok's tokenizers are a :class:`TiTok`, SoftVQ-VAE's and MAETok's a
+    :class:`ContinuousTokenizer`, whose ``tokenizer`` is the :class:`~textok_fast.TexTok` that engines and exports take.
+
+    Args:
+        kind: of :data:`KINDS`; None guesses it from the names of the tensors.
+        weights: as :func:`read_weights` takes them.
+        options: what shapes do not tell: ``heads``, ``guided_channels``, ``normalize_codes``, ``temperature``, ... by kind;
+            their defaults are the published ones.
+
+    Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
+        what it claims.
+    """
+    built, known = _built(kind, read_weights(weights), options)
+    return built if known.wrap is None else known.wrap(built)
+
+
+def _built(kind: str | None, found: Weights, options: dict[str, Any]) -> tuple[nn.Module, Kind]:
+    name = guess_kind(found) if kind is None else kind
+    if name not in KINDS:
+        raise InputError(f"unknown kind of weights {name!r}; known: {', '.join(KINDS)}")
+    likely = guess_kind(found, name)
+    if likely != name and {likely, name} not in ({"titok", "tatitok"}, {"dit-1d", "sit-1d"}):
+        raise InputError(f"{found.source} looks like {likely} ({KINDS[likely].what}), not like {name}")
+    build = KINDS[name].build
+    try:
+        return build(found, **options), KINDS[name]
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def guess_kind(weights: Weights, otherwise: str | None = None) -> str:
+    """The kind whose tensors these are named like; ``otherwise``, or InputError, where it is none."""
+    names = weights.state.keys()
+    if "latent_tokens" in names and "encoder.transformer.0.attn.in_proj_weight" in names:
+        return "tatitok" if any("text_guidance" in name for name in names) else "titok"
+    if "encoder.model.blocks.0.attn.qkv.weight" in names:
+        return "softvq" if "quantize.embedding" in names else "maetok"
+    if "transformer_blocks.0.attn1.to_q.weight" in names:
+        return "diffusers-dit"
+    if "decoder.mid_block.resnets.0.conv1.weight" in names:
+        return "sd-vae"
+    if "x_embedder.proj.weight" in names:
+        return "dit"
+    if "x_embedder.weight" in names and "final_layer.linear.weight" in names:
+        channels = weights.state["x_embedder.weight"].shape[-1]
+        return "dit-1d" if len(weights.state["final_layer.linear.weight"]) == 2 * channels else "sit-1d"
+    if otherwise is not None:
+        return otherwise
+    raise InputError(
+        f"{weights.source} holds no model that is known here (tensors such as {', '.join(list(names)[:3])}); "
+        f"known: {', '.join(KINDS)}"
+    )
+
+
+def convert(
+    kind: str | None,
+    weights: Source,
+    out: str | Path,
+    tokenizer: Source | None = None,
+    *,
+    tokenizer_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes foreign weights in our own format, for ``from_pretrained``; returns what was found and where it lies.
+
+    Args:
+        tokenizer: weights of the tokenizer whose tokens a generator makes: ``out`` is then a pipeline's directory, as
+            ``textok-fast sample`` and ``load_pipeline`` take it. ``tokenizer_options``: what its shapes do not tell.
+
+    The others, and errors, as :func:`load`.
+    """
+    found = read_weights(weights)
+    name = guess_kind(found) if kind is None else kind
+    model, known = _built(name, found, options)
+    out = Path(out)
+    report: dict[str, Any] = {"kind": name, "what": known.what, "out": str(out), "class": type(model).__name__}
+    report["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if tokenizer is None:
+        model.save_pretrained(out)  # type: ignore[operator]
+        return report
+    if name not in OBJECTIVES:
+        raise InputError(f"a tokenizer goes with a generator, and {found.source} is {known.what}")
+    decoder, about = _built(None, read_weights(tokenizer), tokenizer_options or {})
+    if not isinstance(decoder, TexTok) or not isinstance(model, DiT):
+        raise InputError(f"a pipeline decodes with a tokenizer of 1-D tokens, got {about.what}")
+    made, read = (model.config.num_tokens, model.config.in_channels), (decoder.config.num_tokens, decoder.config.latent_dim)
+    if made != read:
+        raise InputError(
+            f"the generator makes {made[0]} tokens of {made[1]} channels, the tokenizer has {read[0]} of {read[1]}"
+        )
+    model.save_pretrained(out / "generator")
+    decoder.save_pretrained(out / "tokenizer")
+    pipeline = {"objective": OBJECTIVES[name], "prediction": "epsilon", "label_names": [], "captions": {}}
+    write_text(out / "pipeline.json", json.dumps(pipeline, indent=1) + "\n")
+    return {**report, "tokenizer": about.what}

@@ -1,0 +1,144 @@
+"""Reads other people's weights: a file, a directory, a Hub id or a state dict, without running anything that is in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from textok_fast.errors import InputError
+
+Source = str | Path | Mapping[str, Any]
+# Of a directory the first that is there; what else ends so is taken when it is alone.
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+NESTS = ("ema", "model_ema", "model", "state_dict", "module")  # under which training scripts keep the tensors, best first
+WRAPPERS = ("module.", "_orig_mod.")  # before every name, of DataParallel and torch.compile
+
+
+class Weights(NamedTuple):
+    """``state``: tensors by name; ``config``: what config.json beside them says, else empty; ``source``: for messages."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    source: str
+
+
+def read_weights(source: Source) -> Weights:
+    """The tensors of a model, as its authors save them.
+
+    Args:
+        source: a .safetensors file, a file of ``torch.save`` (read ``weights_only``: tensors, numbers, strings and containers),
+            a directory with one of them, a Hub id ("owner/name", or "owner/name/file"), or a mapping from name to tensor.
+
+    Raises: InputError when there is nothing, and for a file that is not what it claims: cut short, a web page, a pickle that
+        holds anything else than tensors. Nothing in such a file is run.
+    """
+    if isinstance(source, Mapping):
+        return Weights(_tensors(source, "the given mapping"), {}, "the given state dict")
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = _from_hub(str(source))
+    file = _file_in(path) if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        try:
+            found: Any = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is no safetensors file ({_hint(file) or error})") from None
+    elif file.suffix in PICKLES:
+        found = _unpickled(file)
+    else:
+        raise InputError(f"{file}: wanted a .safetensors file, or one of torch.save ({', '.join(PICKLES)})")
+    return Weights(_tensors(found, str(file)), _config_beside(file), str(file))
+
+
+def _unpickled(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = _hint(file) or " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{file} holds something else than tensors, and nothing of it was run: {reason}. If it is a training checkpoint "
+            "that you trust, save its tensors alone: torch.save(model.state_dict(), ...)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{file} is no file of torch.save ({_hint(file) or ' '.join(str(error).split())[:300]})") from None
+
+
+def _hint(file: Path) -> str:
+    """What a file is instead, where its first bytes tell."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(512)
+    except OSError:
+        return ""
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page: the download needs another address or a login"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: `git lfs pull` fetches the file itself"
+    return "it is empty" if not head else ""
+
+
+def _tensors(found: Any, source: str) -> dict[str, Tensor]:
+    """Tensors by name, out of whatever nest and without wrappers' prefixes."""
+    for _ in range(3):
+        nest = next((name for name in NESTS if isinstance(found, Mapping) and isinstance(found.get(name), Mapping)), None)
+        if nest is None:
+            break
+        found = found[nest]
+    if not isinstance(found, Mapping):
+        raise InputError(f"{source} holds a {type(found).__name__}, wanted tensors by name")
+    state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not state:
+        raise InputError(f"{source} holds no tensors by name; its entries: {', '.join(map(str, list(found)[:6])) or 'none'}")
+    while any(all(name.startswith(prefix) for name in state) for prefix in WRAPPERS):
+        prefix = next(prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in state))
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _file_in(directory: Path) -> Path:
+    for name in NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    if len(others) != 1:
+        found = f"{len(others)} of them ({', '.join(path.name for path in others[:4])}): name one" if others else "none"
+        raise InputError(f"{directory}: wanted one file of weights ({', '.join(NAMES)}, or another), found {found}")
+    return others[0]
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _from_hub(name: str) -> Path:
+    """A file or a snapshot of weights and configuration from the Hub's cache, downloaded where it is not there."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"no weights at {name}: wanted a file, a directory, or a Hub id such as owner/name or owner/name/file.pt"
+        )
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, repository, *file = name.split("/", 2)
+    try:
+        if file:
+            return Path(hf_hub_download(f"{owner}/{repository}", file[0]))
+        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=["config.json", "*.safetensors", "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no file or directory {name}, and the Hub has none or cannot be reached: {reason}") from None
