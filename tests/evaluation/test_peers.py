@@ -21,13 +21,13 @@ from textok_fast.evaluation.peers import (
     OriginalDiT,
     PeerKind,
     PeersConfig,
-    diffusers_dit,
     prepare,
     relative_error,
     run_peers,
     step_cost,
     why_not,
 )
+from textok_fast.interop import to_diffusers_dit
 from textok_fast.modeling.dit import DiT
 
 CPU = torch.device("cpu")
@@ -60,10 +60,10 @@ def test_diffusers_with_our_values_is_our_network() -> None:
     pytest.importorskip("diffusers")
     model, inputs = _random_dit(SQUARE), _inputs(SQUARE)
     with torch.no_grad():
-        out = diffusers_dit(model)(*inputs, return_dict=False)[0]
+        out = to_diffusers_dit(model)(*inputs, return_dict=False)[0]
         assert relative_error(out, model(*inputs)) < 1e-5
     with pytest.raises(InputError, match="2-D patches"):
-        diffusers_dit(_random_dit(FLAT))
+        to_diffusers_dit(_random_dit(FLAT))
 
 
 def _small(size: str, tokens: int) -> tuple[str, DiTConfig]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from textok_fast import ops
 from textok_fast.diffusion import NoiseSource, Objective, build_process, guided, sample
 from textok_fast.errors import InputError
+from textok_fast.files import write_text
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.dit import DiT
@@ -77,7 +78,7 @@ class GenerationPipeline:
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
         self.process = build_process(objective, config.learn_sigma, prediction)
-        self.objective = objective
+        self.objective, self.prediction = objective, prediction
         self.plan = plan
         self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
@@ -88,6 +89,23 @@ class GenerationPipeline:
         self.generator.to(device)
         self.tokenizer.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens and pictures are made."""
+        return self.tokenizer.device if self._engines is None else self._engines[0].device
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Writes what :func:`load_pipeline` reads, without the plan; returns the directory."""
+        directory = Path(directory)
+        self.generator.save_pretrained(directory / "generator")
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+        about = {"objective": self.objective, "prediction": self.prediction, **self._about()}
+        write_text(directory / PIPELINE_NAME, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        return directory
+
+    def _about(self) -> dict[str, Any]:
+        return {"label_names": [], "captions": {}}
 
     def generate_tokens(
         self,
@@ -217,6 +235,9 @@ class ClassToImagePipeline(GenerationPipeline):
                 raise InputError(f"got {len(chosen)} captions for {len(indices)} labels")
         text = self.tokenizer.text_features(chosen, len(chosen)) if self.generator.config.text_dim else None
         return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, progress)
+
+    def _about(self) -> dict[str, Any]:
+        return {"label_names": self.label_names, "captions": {str(label): texts for label, texts in self.captions.items()}}
 
     def label_index(self, label: int | str) -> int:
         """The index of a class; InputError for one that does not exist. A string is a name if a class has it, else an index."""

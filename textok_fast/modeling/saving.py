@@ -44,13 +44,8 @@ class PretrainedMixin(nn.Module):
             another shape.
         """
         directory = _locate(source, revision)
-        try:
-            values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{directory} has no {CONFIG_NAME}: it is not a saved {cls.__name__}") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {directory / CONFIG_NAME}: {error}") from None
-        kind = values.pop("model_type", None) if isinstance(values, dict) else None
+        values = read_config(directory, f"a saved {cls.__name__}")
+        kind = values.pop("model_type", None)
         if kind != cls.model_type:
             raise InputError(f"{directory} holds a model of type {kind!r}, wanted {cls.model_type!r} ({cls.__name__})")
         model = cls(from_mapping(cls.config_class, values))
@@ -62,6 +57,17 @@ class PretrainedMixin(nn.Module):
             raise InputError(f"cannot read {directory / WEIGHTS_NAME}: {error}") from None
         load_state(model, state, str(directory))
         return model.to(device).eval()
+
+
+def read_config(directory: Path, what: str = "a saved model") -> dict[str, Any]:
+    """config.json of a directory; InputError where there is none, or it holds something else."""
+    try:
+        values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} has no {CONFIG_NAME}: it is not {what}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {directory / CONFIG_NAME}: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

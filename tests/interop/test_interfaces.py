@@ -1,0 +1,267 @@
+"""Our models behind the calls of diffusers, transformers, torch.hub and the Hub."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from textok_fast import DiT, DiTConfig, InputError, TexTok, interop
+from textok_fast.inference import ClassToImagePipeline, Plan, SamplingOptions, TextToImagePipeline, load_pipeline
+from textok_fast.interop import TexTokImageProcessor, model_card, push_to_hub
+
+Make = Callable[..., TexTok]
+
+
+def images(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, 16, 16) * 2 - 1
+
+
+# -- diffusers: the autoencoder ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diffusers_interface() -> Any:
+    pytest.importorskip("diffusers")
+    from textok_fast.interop import diffusers
+
+    return diffusers
+
+
+@pytest.mark.parametrize("bottleneck", ["none", "kl", "vq"])
+def test_the_autoencoder_is_the_tokenizer(
+    diffusers_interface: Any, make_tokenizer: Make, bottleneck: str, tmp_path: Path
+) -> None:
+    model = make_tokenizer(bottleneck=bottleneck)
+    vae = diffusers_interface.AutoencoderTexTok.from_textok(model)
+    x, captions = images(), ["a b", "c"]
+    wanted = model.encode(x, captions)
+    posterior = vae.encode(x, captions).latent_dist
+    torch.testing.assert_close(posterior.mode(), wanted.mode())
+    one, other = (posterior.sample(torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(one, other) is (bottleneck != "kl")
+    if bottleneck == "kl":
+        torch.testing.assert_close(one, wanted.sample(torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(vae.decode(wanted.mode(), captions).sample, model.decode(wanted.mode(), captions))
+    torch.testing.assert_close(vae(x, captions).sample, vae.decode(posterior.mode(), captions, return_dict=False)[0])
+    assert vae.config.scaling_factor == 1.0 and vae.dtype == torch.float32 and vae.device.type == "cpu"
+
+    vae.save_pretrained(tmp_path / "diffusers")
+    again = diffusers_interface.AutoencoderTexTok.from_pretrained(tmp_path / "diffusers")
+    assert again.tokenizer.config == model.config and isinstance(again, diffusers_interface.AutoencoderTexTok)
+    again.tokenizer._text_encoder = model._text_encoder
+    assert torch.equal(again.encode(x, captions).latent_dist.mode(), posterior.mode())
+    own = diffusers_interface.AutoencoderTexTok.from_pretrained(
+        model.save_pretrained(tmp_path / "own"), torch_dtype=torch.bfloat16
+    )
+    assert own.dtype == torch.bfloat16 and own.decode(wanted.mode()).sample.dtype == torch.bfloat16
+
+
+def test_a_training_step_as_scripts_write_it(diffusers_interface: Any, make_tokenizer: Make) -> None:
+    """Tokens, noise by a scheduler of diffusers, a loss; and the tokenizer itself under training."""
+    from diffusers import DDPMScheduler
+
+    vae = diffusers_interface.AutoencoderTexTok.from_textok(make_tokenizer(bottleneck="kl"))
+    latents = vae.encode(images()).latent_dist.sample() * vae.config.scaling_factor
+    noise, steps = torch.randn_like(latents), torch.tensor([3, 500])
+    noisy = DDPMScheduler().add_noise(latents, noise, steps)
+    assert noisy.shape == latents.shape
+    vae.decode(noisy).sample.square().mean().backward()
+    gradients = [parameter.grad for name, parameter in vae.named_parameters() if "encoder.blocks" in name]
+    assert gradients and all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    assert vae.train().tokenizer.training and not vae.eval().tokenizer.training
+
+
+def test_without_diffusers_the_message_is_clear() -> None:
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "from textok_fast import interop\n"
+        "interop.TiTok\n"
+        "try:\n    from textok_fast.interop import AutoencoderTexTok\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "needs diffusers" in done.stdout and "pip install 'textok-fast[bench]'" in done.stdout, done.stderr
+
+
+# -- diffusers: the pipeline ---------------------------------------------------------------------------------------------------
+
+
+def by_class(make_tokenizer: Make) -> ClassToImagePipeline:
+    tokenizer = make_tokenizer()
+    tokenizer.text_encoder = make_tokenizer()._text_encoder[0]
+    config = tokenizer.config
+    dit = DiT(DiTConfig(num_tokens=config.num_tokens, in_channels=config.latent_dim, width=32, depth=1, heads=2, num_classes=5))
+    return ClassToImagePipeline(dit, tokenizer, "gaussian", ["cow", "hen"], {0: ["a cow"]})
+
+
+def by_caption(make_tokenizer: Make, plan: Plan | None = None) -> TextToImagePipeline:
+    tokenizer = make_tokenizer()
+    config = tokenizer.config
+    sizes: dict[str, Any] = {
+        "num_tokens": config.num_tokens,
+        "in_channels": config.latent_dim,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+    }
+    dit = DiT(DiTConfig(**sizes, num_classes=0, text_dim=config.text_dim, learn_sigma=False, time_scale=1000.0))
+    return TextToImagePipeline(dit, tokenizer, "flow", plan=plan)
+
+
+@pytest.mark.parametrize("plan", [None, Plan()])
+def test_the_pipeline_from_captions(diffusers_interface: Any, make_tokenizer: Make, plan: Plan | None) -> None:
+    inner = by_caption(make_tokenizer, plan)
+    pipe = diffusers_interface.TexTokPipeline(inner)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[tuple[int, int]] = []
+
+    def look(given: Any, step: int, total: int, values: dict[str, Any]) -> dict[str, Any]:
+        assert given is pipe
+        seen.append((step, total))
+        return values
+
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    made = pipe(["a b", "c"], generator=torch.Generator().manual_seed(0), callback_on_step_end=look, **options).images
+    assert (
+        [type(image) for image in made] == [Image.Image] * 2 and made[0].size == (16, 16) and seen == [(0, 3), (1, 3), (2, 3)]
+    )
+    again = pipe(["a b", "c"], generator=torch.Generator().manual_seed(0), output_type="np", **options).images
+    assert np.array_equal((again * 255).round().astype(np.uint8), np.stack([np.asarray(image) for image in made]))
+    pictures = pipe("a b", num_images_per_prompt=3, output_type="pt", return_dict=False, **options)[0]
+    assert pictures.shape == (3, 3, 16, 16) and pictures.min() >= 0 and pictures.max() <= 1
+    latents = pipe("a b", output_type="latent", sampler="heun", **options).images
+    assert latents.shape == (1, inner.tokenizer.config.num_tokens, inner.tokenizer.config.latent_dim)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0)]
+    same = pipe(["a b", "a b"], generator=generators, output_type="latent", **options).images
+    torch.testing.assert_close(same[0], same[1])
+    for arguments, message in (
+        ({}, "give a prompt"),
+        ({"prompt": "a", "class_labels": 3}, "generates from captions"),
+        ({"prompt": "a", "output_type": "jpg"}, "output_type must be"),
+        ({"prompt": "a", "colour": 1}, "unknown options colour"),
+        ({"prompt": "a", "generator": generators}, "2 generators for 1 pictures"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipe(**arguments)
+
+
+def test_the_pipeline_by_class_and_its_directory(diffusers_interface: Any, make_tokenizer: Make, tmp_path: Path) -> None:
+    inner = by_class(make_tokenizer)
+    pipe = diffusers_interface.TexTokPipeline(inner)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = diffusers_interface.TexTokPipeline.from_pretrained(tmp_path / "pipe", plan=Plan())
+    for each in (pipe, again):
+        each.set_progress_bar_config(disable=True)
+    again.pipeline.tokenizer._text_encoder = inner.tokenizer._text_encoder
+    again.pipeline._engines[1].model._text_encoder = inner.tokenizer._text_encoder
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    one, other = (
+        each(class_labels=["cow", 1], generator=torch.Generator().manual_seed(4), **options).images for each in (pipe, again)
+    )
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    loaded = load_pipeline(tmp_path / "pipe")
+    assert (
+        isinstance(loaded, ClassToImagePipeline) and loaded.label_names == ["cow", "hen"] and loaded.captions == {0: ["a cow"]}
+    )
+    assert len(pipe(class_labels=1, prompt="a hen", num_images_per_prompt=2, num_inference_steps=1).images) == 2
+    with pytest.raises(InputError, match="give class_labels"):
+        pipe("a cow")
+    with pytest.raises(InputError, match="got 1 prompts for 2 class_labels"):
+        pipe("a cow", class_labels=[0, 1])
+    with pytest.raises(InputError, match="its plan's"):
+        pipe.to(torch.bfloat16)
+    assert pipe.to("cpu") is pipe and pipe.device.type == "cpu"
+    with pytest.raises(InputError, match="this pipeline's plan runs it on cpu"):
+        again.to("cpu")
+    assert SamplingOptions().steps == 50
+
+
+# -- transformers --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_processor(make_tokenizer: Make, tmp_path: Path) -> None:
+    model = make_tokenizer()
+    processor = TexTokImageProcessor.of(model)
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    values = processor.preprocess([wide, wide.convert("L")])["pixel_values"]
+    assert values.shape == (2, 3, 16, 16) and values.min() >= -1 and values.max() <= 1
+    square = wide.crop((10, 0, 50, 40))
+    assert (processor(square)["pixel_values"][0] - values[0]).abs().mean() < 0.02  # but for what the filter sees at the edges
+    small = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for to_range in ("signed", "bytes"):
+        own = TexTokImageProcessor(16, to_range)
+        given = own.preprocess(np.asarray(small), return_tensors="np")["pixel_values"]
+        assert isinstance(given, np.ndarray)
+        assert np.array_equal(np.asarray(own.post_process(torch.from_numpy(given))[0]), np.asarray(small))
+    tokens = model.encode(processor.preprocess(small)["pixel_values"])
+    assert torch.equal(tokens, model.encode([small]))
+    pictures = processor.post_process(model.decode(tokens))
+    assert pictures[0].size == (16, 16)
+    processor.save_pretrained(tmp_path)
+    assert TexTokImageProcessor.from_pretrained(tmp_path).size == 16
+    assert TexTokImageProcessor.of(model.save_pretrained(tmp_path / "model")).size == 16
+    for bad, message in (([], "got no pictures"), (np.zeros((4, 4, 3)), "float64"), ([3], "a picture is a PIL image")):
+        with pytest.raises(InputError, match=message):
+            processor.preprocess(bad)
+
+
+# -- torch.hub and the Hub -----------------------------------------------------------------------------------------------------
+
+
+def test_torch_hub(make_tokenizer: Make, tmp_path: Path, golden: Callable[[str], Any]) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    directory = make_tokenizer().save_pretrained(tmp_path / "tok")
+    assert isinstance(torch.hub.load(root, "tokenizer", directory, source="local"), TexTok)
+    assert isinstance(torch.hub.load(root, "foreign", "titok", golden("titok_vq")[0], source="local", heads=4), interop.TiTok)
+
+
+def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    kept: dict[str, str] = {}
+
+    class Api:
+        def create_repo(self, repository: str, **options: Any) -> None:
+            calls.append((repository, options))
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+            kept.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = make_tokenizer()
+    about: dict[str, Any] = {
+        "licence": "apache-2.0",
+        "data": "Emoji (OFL).",
+        "metrics": {"PSNR (dB)": 20.8},
+        "limits": "Clip-art only.",
+    }
+    assert push_to_hub(model, "me/textok-mini", private=True, **about) == "https://hub/me/textok-mini"
+    assert calls == [("me/textok-mini", {"private": True, "exist_ok": True})]
+    assert set(kept) == {"README.md", "config.json", "model.safetensors"}
+    card = kept["README.md"]
+    for part in (
+        'license: "apache-2.0"',
+        "Emoji (OFL).",
+        "| PSNR (dB) | 20.8 |",
+        "Clip-art only.",
+        'from_pretrained("me/textok-mini")',
+    ):
+        assert part in card
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
+    dit = DiT(DiTConfig(num_tokens=4, width=32, depth=1, heads=2))
+    assert "over 4 tokens of 8 channels" in model_card(dit, name="me/dit", licence="mit", data="-")
+
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(InputError, match="cannot push to me/textok-mini: no network"):
+        push_to_hub(model, "me/textok-mini", **about)

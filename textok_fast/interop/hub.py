@@ -1,0 +1,100 @@
+"""Models on the Hugging Face Hub: a model card from what the model is, and the upload. ``from_pretrained`` is the way back."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import textok_fast
+from textok_fast.config import to_dict
+from textok_fast.errors import InputError
+from textok_fast.files import write_text
+from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.tokenizer import TexTok
+
+CARD_NAME = "README.md"
+
+
+def model_card(
+    model: TexTok | DiT,
+    *,
+    name: str,
+    licence: str,
+    data: str,
+    metrics: Mapping[str, float] | None = None,
+    limits: str = "",
+) -> str:
+    """The card of a model, Markdown with the Hub's front matter: sizes from the model, the rest from you.
+
+    Args:
+        name: the repository's, as it is loaded by.
+        licence: an identifier of the Hub's, such as "apache-2.0".
+        data: what it was trained on, and under which licences.
+        metrics: name -> value, such as {"PSNR, held-out compositions (dB)": 20.8}.
+        limits: what it is not good for.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(model, TexTok):
+        task, tags = "image-feature-extraction", ["image-tokenizer", "textok"]
+        what = (
+            f"A TexTok image tokenizer (arXiv 2412.05796): a picture of {config.image_size} px becomes {config.num_tokens} "
+            f"tokens of {config.latent_dim} channels and comes back; bottleneck: {config.bottleneck}; text in: {config.text}"
+            + (f", features of {config.text_encoder}." if config.text != "none" else ".")
+        )
+        use = f"""from textok_fast import TexTok
+
+tok = TexTok.from_pretrained("{name}")
+tokens = tok.encode(images, captions)  # (B, {config.num_tokens}, {config.latent_dim})
+again = tok.decode(tokens, captions, output="uint8")"""
+    else:
+        task, tags = "unconditional-image-generation", ["diffusion-transformer", "dit"]
+        over = f"{config.num_tokens} tokens" if config.num_tokens else f"{config.sequence_length:,} patches"
+        what = f"A diffusion transformer (arXiv 2212.09748) over {over} of {config.in_channels} channels."
+        use = f"""from textok_fast import DiT
+
+dit = DiT.from_pretrained("{name}")
+out = dit(x, t, y)"""
+    front = {"library_name": "textok-fast", "license": licence, "pipeline_tag": task, "tags": tags}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", f"# {name}", "", what, ""]
+    lines += [f"{parameters:,} parameters; written by textok-fast {textok_fast.__version__}.", "", "```python", use, "```", ""]
+    lines += ["## Data", "", data, ""]
+    if metrics:
+        lines += [
+            "## Metrics",
+            "",
+            "| metric | value |",
+            "|---|---:|",
+            *(f"| {key} | {value:g} |" for key, value in metrics.items()),
+        ]
+        lines.append("")
+    if limits:
+        lines += ["## Limits", "", limits, ""]
+    lines += ["## Configuration", "", "```json", json.dumps(to_dict(config), indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def push_to_hub(
+    model: TexTok | DiT, repository: str, *, private: bool = False, message: str = "Upload model", **card: Any
+) -> str:
+    """Uploads config.json, model.safetensors and the card to ``repository`` (made where it is not there); returns its address.
+
+    ``card``: the other arguments of :func:`model_card`. Needs a token of the Hub's (`hf auth login`).
+    Raises: InputError when the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    text = model_card(model, name=repository, **card)
+    with tempfile.TemporaryDirectory(prefix="textok-push-") as folder:
+        model.save_pretrained(folder)
+        write_text(Path(folder, CARD_NAME), text)
+        try:
+            api = HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise InputError(f"cannot push to {repository}: {str(error).splitlines()[0]}") from None
