@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from textok_fast import DiT, DiTConfig, InputError, TexTok, cli, interop
+from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop
 from textok_fast.diffusion import build_process
 from textok_fast.inference import Engine, Plan, SamplingOptions, load_pipeline
 
@@ -48,6 +48,18 @@ def test_generators_give_the_peers_output(golden: Callable[[str], Any], name: st
     torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["out"], **CLOSE)
     engine = Engine(model, Plan())  # type: ignore[call-overload]
     torch.testing.assert_close(engine(io["x"], io["t"], io["y"]), io["out"], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_our_own_directories_are_loaded_as_what_they_say(tmp_path: Path) -> None:
+    model = awake()  # over patches, whose tensors alone look like a DiT over 1-D tokens
+    model.save_pretrained(tmp_path / "generator")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.tensor([1, 2])
+    assert torch.equal(interop.load(None, tmp_path / "generator")(x, t, y), model(x, t, y))
+    tokenizer = TexTok(TexTokConfig(image_size=64, width=32, encoder_depth=1, decoder_depth=1, heads=2, text_dim=8))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = interop.load(None, str(tmp_path / "tokenizer"))
+    assert isinstance(loaded, interop.ContinuousTokenizer) and loaded.tokenizer.config == tokenizer.config
 
 
 @pytest.mark.parametrize("channels", [3, 4])

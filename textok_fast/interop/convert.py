@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from textok_fast.interop.softvq import ContinuousTokenizer, convert_softvq
 from textok_fast.interop.titok import TiTok, convert_titok
 from textok_fast.interop.weights import Source, Weights, read_weights
 from textok_fast.modeling.dit import DiT
-from textok_fast.modeling.saving import load_state
+from textok_fast.modeling.saving import CONFIG_NAME, load_state, read_config
 from textok_fast.modeling.tokenizer import TexTok
 
 
@@ -104,6 +104,8 @@ OBJECTIVES = {"dit": "gaussian", "diffusers-dit": "gaussian", "dit-1d": "gaussia
 def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     """A foreign model on our modules, in eval mode and float32, called as its own code calls it.
 
+    A directory that ``save_pretrained`` of this library wrote is loaded as well, where no kind is given.
+
     Generators are ``model(x, t, y)``; TiTok's tokenizers are a :class:`TiTok`, SoftVQ-VAE's and MAETok's a
     :class:`ContinuousTokenizer`, whose ``tokenizer`` is the :class:`~textok_fast.TexTok` that engines and exports take.
 
@@ -116,8 +118,20 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
         what it claims.
     """
+    if kind is None and not options and (ours := _ours(weights)) is not None:
+        return ours
     built, known = _built(kind, read_weights(weights), options)
     return built if known.wrap is None else known.wrap(built)
+
+
+def _ours(source: Source) -> nn.Module | None:
+    """The model of a directory in our own format, wrapped as :func:`load` says; None for all else."""
+    if isinstance(source, Mapping) or not (directory := Path(source).expanduser()).is_dir():
+        return None
+    kind = read_config(directory).get("model_type") if (directory / CONFIG_NAME).is_file() else None
+    if kind == DiT.model_type:
+        return DiT.from_pretrained(directory)
+    return ContinuousTokenizer(TexTok.from_pretrained(directory)) if kind == TexTok.model_type else None
 
 
 def _built(kind: str | None, found: Weights, options: dict[str, Any]) -> tuple[nn.Module, Kind]:
