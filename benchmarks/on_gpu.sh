@@ -151,12 +151,14 @@ for wanted in $PARTS; do
         steps fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
       fi
       ;;
-    speedup) speedup speedup 570 --forms reference engine --dtype bf16 --full ;;
+    speedup) speedup speedup 570 --forms reference engine --dtype bf16 --batch 1 4 8 64 256 --full ;;
     compile) speedup compile 570 --systems TexTok-32 DiT/2 DiT/1 --dtype bf16 --batch 1 8 ;;
     fp8-speedup) speedup fp8-speedup 300 --forms engine --dtype "$([ "$device" = cuda ] && echo fp8 || echo int8)" ;;
     parity) study parity 240 "size=$size" ;;
     profile) study profile 120 "size=$size" precision=bf16 ;;
-    peers) study peers 400 "size=$size" "batch=[1]" "modulation=[given]" ;;
+    peers) # diffusers' DiT and the original form compute their modulation themselves, and diffusers' is over patches only
+      study peers 400 "size=$size" "batch=[1]" "tokens=[32,1024]" "modulation=[inside]" \
+        "precisions=$([ "$device" = cuda ] && echo '[fp32,bf16,fp8]' || echo '[fp32,bf16,int8]')" ;;
     *)
       ended+=(--part "$wanted:0:unknown part")
       merge

@@ -201,11 +201,16 @@ def build_parser() -> argparse.ArgumentParser:
         "textok-fast convert --from sit-1d --weights SoftVQVAE/sit-xl_softvq-l-32-512 "
         "--tokenizer SoftVQVAE/softvq-l-32-512 --out runs/sit")  # fmt: skip
     convert.add_argument("--from", dest="kind", choices=WEIGHT_KINDS, help="what it is (default: guessed from its tensors)")
-    convert.add_argument("--weights", required=True, help="a file, a directory, or a Hub id: owner/name or owner/name/file.pt")
+    convert.add_argument(
+        "--weights", required=True, help="a file, a directory, or a Hub id: owner/name, or with /folder or /file.pt"
+    )
     convert.add_argument("--tokenizer", help="weights of a generator's tokenizer: --out becomes a pipeline for `sample`")
     convert.add_argument("--out", type=Path, required=True)
     convert.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="what shapes do not tell: heads=4, guided_channels=3"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="what shapes do not tell: heads=4, guided_channels=3, schedule=linear, tokenizer.heads=4",
     )
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
@@ -458,7 +463,8 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
     for item in args.overrides:
         key, equals, value = item.partition("=")
         whose, _, name = key.rpartition(".")
-        if not equals or not name.isidentifier() or whose not in options:
+        taken = name in ("kind", "weights", "out", "tokenizer", "tokenizer_options")  # these are --options
+        if not equals or not name.isidentifier() or whose not in options or taken:
             raise InputError(f"settings are key=value, or tokenizer.key=value, got {item!r}")
         options[whose][name] = yaml.safe_load(value)
     report = convert(args.kind, args.weights, args.out, args.tokenizer, tokenizer_options=options["tokenizer"], **options[""])

@@ -1,5 +1,6 @@
 // attention on the CPU.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -16,6 +17,8 @@
 namespace textok_fast {
 
 namespace {
+
+constexpr int64_t kFewestQueries = 64;  // of a part: for each its head's keys are packed again
 
 AttentionPart part_of(const Tensor& tensor) {  // (B, N, H, D)
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -36,7 +39,9 @@ void run(ShortAttention& problem, int64_t batch, const Tensor& result) {
   const AttentionKernels& kernels = chosen(problem.is_bf16);
   const int64_t keys = problem.keys, queries = problem.queries, dim = problem.dim;
   const int64_t bytes = 4 * (keys + queries) * dim + 2 * queries * keys;  // a score costs about as much as half a number
-  torch::stable::parallel_for(0, batch * problem.heads, grain(bytes), [&](int64_t begin, int64_t end) {
+  const int64_t heads = batch * problem.heads, threads = torch::stable::get_num_threads();
+  problem.parts = std::min((threads + heads - 1) / heads, (queries + kFewestQueries - 1) / kFewestQueries);
+  torch::stable::parallel_for(0, heads * problem.parts, grain(bytes / problem.parts), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[kernels.scratch_floats(keys, dim)]);
     kernels.run(problem, begin, end, scratch.get());
   });
@@ -57,6 +62,7 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std
     check_sizes(name, tensor, {batch, keys, heads, dim});
     return dense_rows(tensor);
   };
+  STD_TORCH_CHECK(keys > 0 && dim > 0, "k must have at least one key of at least one channel");
   const Tensor q = dense_rows(q_), k = checked("k", k_), v = checked("v", v_);
 
   ShortAttention problem = {};

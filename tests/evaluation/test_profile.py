@@ -10,6 +10,7 @@ import pytest
 
 from textok_fast.errors import InputError
 from textok_fast.evaluation.profile import ProfileConfig, run_profile
+from textok_fast.ops.library import has_native
 
 
 def _config(tmp_path: Path, **fields: Any) -> ProfileConfig:
@@ -44,6 +45,9 @@ def test_parts_and_forms(tmp_path: Path, part: str, form: str, precision: str) -
     ours = [row.name for row in result.rows if row.name.startswith("textok_fast")]
     assert bool(ours) == (form == "engine") or part == "decode"
     assert f"{form}, {precision}" in result.to_markdown()
+    if part == "step" and has_native("packed_block"):
+        assert not any("packed_block" in name for name in ours)  # what it is made of instead
+        assert any("packed_linear" in name for name in ours) and any("attention" in row.name for row in result.rows)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop
-from textok_fast.diffusion import build_process
+from textok_fast.diffusion import GaussianDiffusion, build_process
 from textok_fast.inference import Engine, Plan, SamplingOptions, load_pipeline
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -224,6 +224,23 @@ def test_a_generator_and_its_tokenizer_become_a_pipeline(golden: Callable[[str],
     made = pipe([7, 8], captions=["", ""], seed=0, options=SamplingOptions(steps=2, guidance_scale=2.0))  # type: ignore[call-arg]
     assert made.images.shape == (2, 32, 32, 3) and made.tokens.shape == (2, 8, 6)
     assert isinstance(tokenizer, TexTok)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "cosine"), ("linear", "linear")])
+def test_a_gaussian_generator_keeps_its_noise_schedule(
+    golden: Callable[[str], Any], tmp_path: Path, given: str | None, wanted: str
+) -> None:
+    titok = golden("tatitok_vae")[0]
+    model = awake(input_size=0, patch_size=1, num_tokens=8, in_channels=6, learn_sigma=True)
+    state = dict(model.state_dict())
+    interop.convert("dit-1d", state, tmp_path / "p", titok, heads=2, schedule=given, tokenizer_options={"heads": 4})
+    pipe = load_pipeline(tmp_path / "p")
+    assert isinstance(pipe.process, GaussianDiffusion) and pipe.process.schedule == wanted == pipe.schedule
+    pipe.save_pretrained(tmp_path / "again")
+    assert load_pipeline(tmp_path / "again").schedule == wanted
+    with pytest.raises(InputError, match="unknown noise schedule 'sine'"):
+        interop.convert("dit-1d", state, tmp_path / "no", titok, heads=2, schedule="sine", tokenizer_options={"heads": 4})
+    assert not (tmp_path / "no").exists()
 
 
 def test_tokens_that_do_not_fit_are_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:

@@ -100,6 +100,43 @@ def test_files_that_are_not_what_they_claim(tmp_path: Path) -> None:
             read_weights(tmp_path / f"odd{number}.pt")
 
 
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository, a folder of it, one file with the configuration beside it, one file without."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked: list[str] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path / repository)
+
+    def hf_hub_download(repository: str, name: str) -> str:
+        if not (tmp_path / repository / name).exists():
+            raise EntryNotFoundError(f"no {name}")
+        asked.append(name)
+        return str(tmp_path / repository / name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    folder = tmp_path / "owner" / "name" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"sample_size": 8}')
+    save_file({"weight": torch.ones(2)}, folder / "diffusion_pytorch_model.safetensors")
+    torch.save({"weight": torch.zeros(2)}, folder.parent / "plain.pt")
+
+    found = read_weights("owner/name/transformer")
+    assert found.config == {"sample_size": 8} and asked[1] == "transformer/*.safetensors"
+    asked.clear()
+    found = read_weights("owner/name/transformer/diffusion_pytorch_model.safetensors")
+    assert found.config == {"sample_size": 8} and asked[1] == "transformer/config.json"
+    found = read_weights("owner/name/plain.pt")
+    assert found.config == {} and not found.state["weight"].any()
+    save_file({"weight": torch.ones(3)}, folder.parent / "model.safetensors")
+    asked.clear()
+    assert read_weights("owner/name").state["weight"].shape == (3,) and asked == ["config.json", "*.safetensors", "*.bin"]
+
+
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no weights at /nowhere"):

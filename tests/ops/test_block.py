@@ -91,6 +91,16 @@ def test_a_forced_part_is_not_gone_around() -> None:
 
 
 @needs_native
+def test_forced_it_runs_where_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, given = make("fp32", "native"), inputs(torch.float32, torch.float32)
+    found = ops.packed_block(block, *given)
+    monkeypatch.setattr("textok_fast.ops.block.NATIVE_KEYS", 0)  # as on a processor without AVX2
+    assert choose("packed_block", block, *given) == "reference"
+    with use_backend(packed_block="native"):
+        torch.testing.assert_close(ops.packed_block(block, *given), found)
+
+
+@needs_native
 def test_in_a_compiled_graph() -> None:
     block, given = make("bf16", "native"), inputs(torch.bfloat16, torch.float32)
 

@@ -102,6 +102,21 @@ def test_neither_threads_nor_batch_change_a_result(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [2, 5, 8])
+def test_queries_of_few_heads_are_divided_among_threads(dtype: torch.dtype, threads: int) -> None:
+    q, k = torch.randn(1, 333, 3, 20).to(dtype), torch.randn(1, 45, 3, 20).to(dtype)
+    mask = torch.rand(1, 45) < 0.8
+    run, before = library("native").attention, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(q, k, k + 1, mask)
+        torch.set_num_threads(threads)
+        assert torch.equal(run(q, k, k + 1, mask), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_and_numbers_that_are_none(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 6, 1, 8).to(dtype) for _ in range(3))
     check(1000 * q, 100 * k, v, spread=1e5)  # one key takes all
@@ -113,6 +128,10 @@ def test_large_scores_and_numbers_that_are_none(dtype: torch.dtype) -> None:
     q[0, 2] = 0
     kept = torch.tensor([[True] * 5 + [False]])
     assert library("native").attention(q, k, v, kept).isfinite().all()  # a masked key is nothing, whatever it holds
+    q[:], k[:] = 1, -torch.inf  # no score is a number: nor is the softmax, but where all keys are masked
+    assert library("native").attention(q, k, v, None).isnan().all() and attention_reference(q, k, v).isnan().all()
+    assert library("native").attention(q, k, v, kept).isnan().all()
+    assert not library("native").attention(q, k, v, torch.zeros_like(kept)).any()
 
 
 def test_the_choice() -> None:
@@ -147,6 +166,8 @@ def test_what_the_kernel_does_not_take_is_refused() -> None:
         run(q, q, q.bfloat16(), None)
     with pytest.raises(RuntimeError, match="mask must be Bool"):
         run(q, q, q, torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="at least one key"):
+        run(q, q[:, :0], q[:, :0], None)
     assert run(q[:, :0], q, q, None).shape == (2, 0, 20)
 
 

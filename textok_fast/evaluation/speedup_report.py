@@ -41,7 +41,7 @@ ROW_HEADS = (
     "text ms",
     "modulation ms",
     "decoder ms",
-    "memory",
+    "generator memory",
     "J a picture",
     "whole, s",
 )
@@ -152,6 +152,7 @@ def notes(result: SpeedupResult) -> list[str]:
         "A picture is the text encoder (TexTok only: its decoder reads a caption), the modulation that the engine computes "
         "ahead, all steps, and the decoder. Unless the run was timed as a whole its steps are scaled from those that were "
         "timed, as the row says.",
+        "Generator memory is its weights and one step's, without decoder and text encoder; energy that of the loop.",
         *(f"{form}: {FORMS[form]}; {how}." for form, how in _hows(result.rows).items()),
         "Rounds alternate over all systems and forms of one precision and batch. A ratio is the median of the single rounds' "
         "ratios, beside it the lowest and the highest of them.",

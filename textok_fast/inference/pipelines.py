@@ -69,6 +69,7 @@ class GenerationPipeline:
         objective: Objective = "gaussian",
         prediction: str = "epsilon",
         plan: Plan | None = None,
+        schedule: str = "linear",
     ) -> None:
         config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
         if (config.num_tokens, config.in_channels) != wanted:
@@ -77,8 +78,8 @@ class GenerationPipeline:
                 f"{wanted[0]} of {wanted[1]}: they were not trained together"
             )
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
-        self.process = build_process(objective, config.learn_sigma, prediction)
-        self.objective, self.prediction = objective, prediction
+        self.process = build_process(objective, config.learn_sigma, prediction, schedule)
+        self.objective, self.prediction, self.schedule = objective, prediction, schedule
         self.plan = plan
         self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
@@ -100,7 +101,7 @@ class GenerationPipeline:
         directory = Path(directory)
         self.generator.save_pretrained(directory / "generator")
         self.tokenizer.save_pretrained(directory / "tokenizer")
-        about = {"objective": self.objective, "prediction": self.prediction, **self._about()}
+        about = {"objective": self.objective, "prediction": self.prediction, "schedule": self.schedule, **self._about()}
         write_text(directory / PIPELINE_NAME, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
         return directory
 
@@ -203,8 +204,9 @@ class ClassToImagePipeline(GenerationPipeline):
         captions: dict[int, list[str]] | None = None,
         prediction: str = "epsilon",
         plan: Plan | None = None,
+        schedule: str = "linear",
     ) -> None:
-        super().__init__(generator, tokenizer, objective, prediction, plan)
+        super().__init__(generator, tokenizer, objective, prediction, plan, schedule)
         self.label_names, self.captions = list(label_names), captions or {}
 
     def __call__(
@@ -298,6 +300,7 @@ def load_pipeline(
     try:
         about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
         objective, prediction = about["objective"], about.get("prediction", "epsilon")
+        schedule = about.get("schedule", "linear")
         names = about["label_names"]
         captions = {int(label): texts for label, texts in about["captions"].items()}
     except FileNotFoundError:
@@ -309,5 +312,5 @@ def load_pipeline(
     generator = DiT.from_pretrained(directory / "generator", device=device)
     tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
     if generator.config.num_classes:
-        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan)
-    return TextToImagePipeline(generator, tokenizer, objective, prediction, plan)
+        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
+    return TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)

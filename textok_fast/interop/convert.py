@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from textok_fast.diffusion import build_process
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.interop.dit import load_diffusers_dit, load_dit
@@ -98,7 +99,13 @@ KINDS: dict[str, Kind] = {
     "maetok": Kind("MAETok's tokenizer", _softvq, ContinuousTokenizer),
     "sd-vae": Kind("Stable Diffusion's autoencoder f8, through diffusers", _sd_vae),
 }
-OBJECTIVES = {"dit": "gaussian", "diffusers-dit": "gaussian", "dit-1d": "gaussian", "sit-1d": "flow"}
+# The objective and the noise schedule that each was trained with as published.
+OBJECTIVES = {
+    "dit": ("gaussian", "linear"),
+    "diffusers-dit": ("gaussian", "linear"),
+    "dit-1d": ("gaussian", "cosine"),
+    "sit-1d": ("flow", "linear"),
+}
 
 
 def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
@@ -179,6 +186,7 @@ def convert(
     tokenizer: Source | None = None,
     *,
     tokenizer_options: dict[str, Any] | None = None,
+    schedule: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes foreign weights in our own format, for ``from_pretrained``; returns what was found and where it lies.
@@ -186,6 +194,7 @@ def convert(
     Args:
         tokenizer: weights of the tokenizer whose tokens a generator makes: ``out`` is then a pipeline's directory, as
             ``textok-fast sample`` and ``load_pipeline`` take it. ``tokenizer_options``: what its shapes do not tell.
+        schedule: linear or cosine, by which a Gaussian generator's noise was added; None for the published one of its kind.
 
     The others, and errors, as :func:`load`.
     """
@@ -208,8 +217,11 @@ def convert(
         raise InputError(
             f"the generator makes {made[0]} tokens of {made[1]} channels, the tokenizer has {read[0]} of {read[1]}"
         )
+    objective, published = OBJECTIVES[name]
+    build_process(objective, model.config.learn_sigma, schedule=schedule or published)  # InputError for an unknown one
+    about_pipeline = {"objective": objective, "prediction": "epsilon", "schedule": schedule or published}
+    about_pipeline |= {"label_names": [], "captions": {}}
     model.save_pretrained(out / "generator")
     decoder.save_pretrained(out / "tokenizer")
-    pipeline = {"objective": OBJECTIVES[name], "prediction": "epsilon", "label_names": [], "captions": {}}
-    write_text(out / "pipeline.json", json.dumps(pipeline, indent=1) + "\n")
+    write_text(out / "pipeline.json", json.dumps(about_pipeline, indent=1) + "\n")
     return {**report, "tokenizer": about.what}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ def read_weights(source: Source) -> Weights:
     """The tensors of a model, as its authors save them.
 
     Args:
-        source: a .safetensors file, a file of ``torch.save`` (read ``weights_only``: tensors, numbers, strings and containers),
-            a directory with one of them, a Hub id ("owner/name", or "owner/name/file"), or a mapping from name to tensor.
+        source: a .safetensors file, a file of ``torch.save`` (read ``weights_only``), a directory with one of
+            them, a Hub id ("owner/name", or with a folder or a file behind it), or a mapping from name to tensor.
 
     Raises: InputError when there is nothing, and for a file that is not what it claims: cut short, a web page, a pickle that
         holds anything else than tensors. Nothing in such a file is run.
@@ -129,16 +130,22 @@ def _from_hub(name: str) -> Path:
     """A file or a snapshot of weights and configuration from the Hub's cache, downloaded where it is not there."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) or name.startswith((".", "/", "~")):
         raise InputError(
-            f"no weights at {name}: wanted a file, a directory, or a Hub id such as owner/name or owner/name/file.pt"
+            f"no weights at {name}: wanted a file, a directory, or a Hub id such as owner/name, owner/name/folder or "
+            "owner/name/file.pt"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    owner, repository, *file = name.split("/", 2)
+    owner, repository, *rest = name.split("/", 2)
+    inside = PurePosixPath(rest[0]) if rest else PurePosixPath()
     try:
-        if file:
-            return Path(hf_hub_download(f"{owner}/{repository}", file[0]))
-        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=["config.json", "*.safetensors", "*.bin"]))
+        if inside.suffix in (".safetensors", *PICKLES):
+            file = Path(hf_hub_download(f"{owner}/{repository}", str(inside)))
+            with contextlib.suppress(EntryNotFoundError):  # not every file has one beside it
+                hf_hub_download(f"{owner}/{repository}", str(inside.parent / "config.json"))
+            return file
+        wanted = [str(inside / pattern) for pattern in ("config.json", "*.safetensors", "*.bin")]
+        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)) / inside
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no file or directory {name}, and the Hub has none or cannot be reached: {reason}") from None

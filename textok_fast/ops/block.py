@@ -95,10 +95,14 @@ def _native_rule(block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tens
         return f"it takes float32 and bfloat16 on the CPU, got {describe(x)} and {describe(hidden)}"
     if any(tensor.dtype != hidden.dtype for tensor in (modulation, shift, scale)):
         return f"modulation, shift and scale must be of hidden's dtype, {hidden.dtype}"
-    return "" if 0 < x.shape[1] <= NATIVE_KEYS else "torch's attention is faster for so many tokens"
+    return "" if x.shape[1] else "it takes at least one token"
 
 
-register("packed_block", "native", _native_rule)
+def _native_default(block: PackedBlock, x: Tensor, *_: Tensor) -> str:
+    return "" if x.shape[1] <= NATIVE_KEYS else "torch's attention is faster for so many tokens"
+
+
+register("packed_block", "native", _native_rule, _native_default)
 
 
 # -- torch.library -----------------------------------------------------------------------------------------------------------

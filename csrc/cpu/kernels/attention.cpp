@@ -149,8 +149,10 @@ TEXTOK_INLINE float softmax(float* scores, int64_t keys, const bool* mask, float
   const int64_t width = padded(keys);
   const float nothing = -__builtin_inff();
   for (int64_t n = keys; n < width; ++n) scores[n] = nothing;
-  if (mask != nullptr) {
-    for (int64_t n = 0; n < keys; ++n) scores[n] = mask[n] ? scores[n] : nothing;
+  bool any = mask == nullptr;
+  for (int64_t n = 0; mask != nullptr && n < keys; ++n) {
+    any = any || mask[n];
+    scores[n] = mask[n] ? scores[n] : nothing;
   }
   Vec highest = load(scores);
   for (int64_t n = kLanes; n < width; n += kLanes) {
@@ -160,7 +162,7 @@ TEXTOK_INLINE float softmax(float* scores, int64_t keys, const bool* mask, float
   float lanes[kLanes], most = nothing;
   store(lanes, highest);
   for (int lane = 0; lane < kLanes; ++lane) most = most < lanes[lane] ? lanes[lane] : most;
-  if (most == nothing) most = 0;  // no key at all, or only scores that are NaN, which stay NaN
+  if (!any) most = 0;  // the row is 0; without a finite score in the others it is NaN
   Vec total = set(0);
   const Vec shift = set(most), factor = set(scale), low = set(-104), zero = set(0);
   for (int64_t n = 0; n < width; n += kLanes) {
@@ -219,21 +221,24 @@ void run_kind(const ShortAttention& s, int64_t begin, int64_t end, float* memory
   scratch.rows = scratch.values + s.keys * dim;
   scratch.scores = reinterpret_cast<float*>(scratch.rows + 8 * dim);
   for (int64_t i = 0; i < 8 * dim; ++i) scratch.rows[i] = 0;
-  for (int64_t problem = begin; problem < end; ++problem) {
-    const int64_t sample = problem / s.heads, head = problem % s.heads;
-    for (int64_t n = 0; n < s.keys; n += Kind::kNumbers) {
+  const int64_t rows = ((s.queries + s.parts - 1) / s.parts + kQueries - 1) / kQueries * kQueries;  // of a part
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t problem = index / s.parts, sample = problem / s.heads, head = problem % s.heads;
+    int64_t first = index % s.parts * rows;
+    const int64_t last = first + rows < s.queries ? first + rows : s.queries;
+    const bool packed = index > begin && index % s.parts != 0;  // by the part before it
+    for (int64_t n = 0; !packed && n < s.keys; n += Kind::kNumbers) {
       const T* next = n + 1 < s.keys ? row_of<T>(s.v, sample, head, n + 1) : nullptr;
       Kind::take_pair(row_of<T>(s.v, sample, head, n), next, s.dim, scratch.values + n / Kind::kNumbers * dim);
     }
-    for (int64_t n = 0; n < keys; n += 8) {  // behind the last key other rows: softmax takes no account of them
+    for (int64_t n = 0; !packed && n < keys; n += 8) {  // behind the last key other rows: softmax takes no account of them
       for (int64_t r = 0; r < 8 && n + r < s.keys; ++r) {
         Kind::take_row(row_of<T>(s.k, sample, head, n + r), s.dim, scratch.rows + r * dim);
       }
       for (int64_t d = 0; d < steps; d += 8) transpose(scratch.rows + d, dim, scratch.keys + d * keys + n, keys);
     }
-    int64_t first = 0;
-    for (; first + kQueries <= s.queries; first += kQueries) answer<Kind, T, kQueries>(s, scratch, sample, head, first);
-    for (; first < s.queries; ++first) answer<Kind, T, 1>(s, scratch, sample, head, first);
+    for (; first + kQueries <= last; first += kQueries) answer<Kind, T, kQueries>(s, scratch, sample, head, first);
+    for (; first < last; ++first) answer<Kind, T, 1>(s, scratch, sample, head, first);
   }
 }
 

@@ -16,12 +16,13 @@ struct ShortAttention {
   void* result;      // (B, N_q, H D), contiguous
   const bool* mask;  // (B, N_k), contiguous; null: all keys
   int64_t heads, queries, keys, dim;
-  float scale;  // 1 / sqrt(D)
+  int64_t parts;  // into which the queries of one head are divided
+  float scale;    // 1 / sqrt(D)
   bool is_bf16;
 };
 
 struct AttentionKernels {
-  // Problems b H + h from `begin` to before `end`. `scratch` has room for scratch_floats(keys, dim).
+  // Parts (b H + h) parts + p from `begin` to before `end`. `scratch` has room for scratch_floats(keys, dim).
   void (*run)(const ShortAttention&, int64_t begin, int64_t end, float* scratch);
   int64_t (*scratch_floats)(int64_t keys, int64_t dim);
 };
