@@ -219,7 +219,7 @@ def convert(
         )
     objective, published = OBJECTIVES[name]
     build_process(objective, model.config.learn_sigma, schedule=schedule or published)  # InputError for an unknown one
-    about_pipeline = {"objective": objective, "prediction": "epsilon", "schedule": schedule or published}
+    about_pipeline: dict[str, Any] = {"objective": objective, "prediction": "epsilon", "schedule": schedule or published}
     about_pipeline |= {"label_names": [], "captions": {}}
     model.save_pretrained(out / "generator")
     decoder.save_pretrained(out / "tokenizer")
