@@ -59,7 +59,47 @@ def test_our_own_directories_are_loaded_as_what_they_say(tmp_path: Path) -> None
     tokenizer = TexTok(TexTokConfig(image_size=64, width=32, encoder_depth=1, decoder_depth=1, heads=2, text_dim=8))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = interop.load(None, str(tmp_path / "tokenizer"))
-    assert isinstance(loaded, interop.ContinuousTokenizer) and loaded.tokenizer.config == tokenizer.config
+    assert isinstance(loaded, TexTok) and loaded.config == tokenizer.config
+    with pytest.raises(InputError, match="knows its sizes: leave out heads"):
+        interop.load("dit", tmp_path / "generator", heads=2)
+
+
+@torch.no_grad()
+def test_a_converted_tokenizer_keeps_its_calls(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    weights = golden("titok_vq")[0]
+    interop.convert("titok", weights, tmp_path / "titok", num_heads=4)
+    loaded: Any = interop.load("titok", tmp_path / "titok")
+    assert isinstance(loaded, interop.TiTok)
+    peer: Any = interop.load("titok", weights, heads=4)
+    assert torch.equal(
+        loaded.decode_tokens(torch.zeros(1, 8, dtype=torch.long)), peer.decode_tokens(torch.zeros(1, 8, dtype=torch.long))
+    )
+
+
+def test_latents_of_titok_can_be_trained_on(golden: Callable[[str], Any]) -> None:
+    tokenizer: Any = interop.load("titok", golden("titok_vq")[0], heads=4)
+    size = tokenizer.tokenizer.config.image_size
+    z, found = tokenizer.encode(torch.rand(2, 3, size, size))  # gradients are on, as everywhere by default
+    assert tokenizer.decode_tokens(found["min_encoding_indices"]).shape == (2, 3, size, size)
+    torch.nn.Linear(z.shape[-1], 1)(z).sum().backward()
+
+
+def test_shapes_that_belong_to_nothing_are_an_error(golden: Callable[[str], Any]) -> None:
+    for name, key in (("dit_2d", "final_layer.linear.bias"), ("titok_vq", "decoder.ffn.0.bias")):
+        weights = dict(golden(name)[0])
+        weights[key] = weights[key][:-1]
+        with pytest.raises(InputError):
+            interop.load(None, weights, heads=4)
+
+
+@torch.no_grad()
+def test_diffusers_own_file_of_our_model(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    model = awake(frequency_shift=0.0)
+    interop.to_diffusers_dit(model).save_pretrained(tmp_path)  # type: ignore[operator]
+    again = interop.load("diffusers-dit", tmp_path, frequency_shift=0)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
+    torch.testing.assert_close(again(x, t, y), model(x, t, y), **CLOSE)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -208,7 +248,7 @@ def test_a_generator_and_its_tokenizer_become_a_pipeline(golden: Callable[[str],
     sit, _, config = golden("sit_1d")  # 8 tokens of 6 channels, as the tokenizer's
     titok, _, _ = golden("tatitok_vae")
     tokenizer = interop.convert_titok(titok, 4)
-    with pytest.raises(InputError, match="no published DiT has width 32: give heads"):
+    with pytest.raises(InputError, match="no published model has width 32: give heads"):
         interop.convert("sit-1d", sit, tmp_path / "pipe", tokenizer=titok)
     save_file(sit, tmp_path / "sit.safetensors")
     report = interop.convert(

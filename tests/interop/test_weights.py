@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import zipfile
 from pathlib import Path
@@ -135,6 +136,11 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"weight": torch.ones(3)}, folder.parent / "model.safetensors")
     asked.clear()
     assert read_weights("owner/name").state["weight"].shape == (3,) and asked == ["config.json", "*.safetensors", "*.bin"]
+
+
+def test_a_training_checkpoint_with_its_arguments(tmp_path: Path) -> None:
+    torch.save({"ema": STATE, "args": argparse.Namespace(model="DiT-XL/2")}, tmp_path / "0400000.pt")
+    assert same(read_weights(tmp_path / "0400000.pt").state)
 
 
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def run_weights(config: WeightsConfig, command: str | None = None, progress: boo
     device, say = resolve_device(config.device), reporter(progress)
     options = {} if config.heads is None else {"heads": config.heads}
     found: Any = load(config.kind, config.weights, **options)
-    model = found if isinstance(found, DiT) else getattr(found, "tokenizer", None)
+    model = found if isinstance(found, (DiT, TexTok)) else getattr(found, "tokenizer", None)
     if not isinstance(model, (DiT, TexTok)):
         raise InputError("the SD-VAE runs as diffusers has it and has no other form: `bench speedup` times it in whole systems")
     model = model.to(device).requires_grad_(False)

@@ -111,7 +111,7 @@ OBJECTIVES = {
 def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     """A foreign model on our modules, in eval mode and float32, called as its own code calls it.
 
-    A directory that ``save_pretrained`` of this library wrote is loaded as well, where no kind is given.
+    A directory that ``save_pretrained`` or :func:`convert` wrote is loaded as what it says it is, whatever ``kind`` is.
 
     Generators are ``model(x, t, y)``; TiTok's tokenizers are a :class:`TiTok`, SoftVQ-VAE's and MAETok's a
     :class:`ContinuousTokenizer`, whose ``tokenizer`` is the :class:`~textok_fast.TexTok` that engines and exports take.
@@ -125,7 +125,9 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
         what it claims.
     """
-    if kind is None and not options and (ours := _ours(weights)) is not None:
+    if (ours := _ours(weights)) is not None:
+        if options:
+            raise InputError(f"{weights} is in this library's format and knows its sizes: leave out {', '.join(options)}")
         return ours
     built, known = _built(kind, read_weights(weights), options)
     return built if known.wrap is None else known.wrap(built)
@@ -138,7 +140,12 @@ def _ours(source: Source) -> nn.Module | None:
     kind = read_config(directory).get("model_type") if (directory / CONFIG_NAME).is_file() else None
     if kind == DiT.model_type:
         return DiT.from_pretrained(directory)
-    return ContinuousTokenizer(TexTok.from_pretrained(directory)) if kind == TexTok.model_type else None
+    if kind != TexTok.model_type:
+        return None
+    model = TexTok.from_pretrained(directory)
+    if not model.config.registers:  # a TexTok of its own; the others have a class token
+        return model
+    return TiTok(model) if model.config.pixel_conv else ContinuousTokenizer(model)
 
 
 def _built(kind: str | None, found: Weights, options: dict[str, Any]) -> tuple[nn.Module, Kind]:
@@ -149,10 +156,13 @@ def _built(kind: str | None, found: Weights, options: dict[str, Any]) -> tuple[n
     if likely != name and {likely, name} not in ({"titok", "tatitok"}, {"dit-1d", "sit-1d"}):
         raise InputError(f"{found.source} looks like {likely} ({KINDS[likely].what}), not like {name}")
     build = KINDS[name].build
+    options = {{"num_heads": "heads"}.get(key, key): value for key, value in options.items()}  # either word
     try:
         return build(found, **options), KINDS[name]
     except TypeError as error:
         raise InputError(f"{name}: {error}") from None
+    except (RuntimeError, IndexError) as error:  # a shape that none of the others goes with
+        raise InputError(f"the shapes in {found.source} do not belong together as {name}'s: {error}") from None
 
 
 def guess_kind(weights: Weights, otherwise: str | None = None) -> str:

@@ -49,7 +49,7 @@ def load_dit(
         raise
     except KeyError as error:
         raise InputError(f"this is not a DiT state dict: {error.args[0]} is missing") from None
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"this is not a DiT state dict: {error}") from None
     found = config["out_channels"] == 2 * config["in_channels"]
     if learn_sigma is not None and learn_sigma != found:
@@ -94,7 +94,7 @@ def published_heads(width: int, heads: int | None = None) -> int:
     if heads is None:
         heads = PUBLISHED_HEADS.get(width)
         if heads is None:
-            raise InputError(f"no published DiT has width {width}: give heads=...")
+            raise InputError(f"no published model has width {width}: give heads=...")
     return heads
 
 
@@ -185,8 +185,9 @@ def _shared(state: dict[str, Tensor], depth: int, name: str) -> Tensor:
 def to_diffusers_dit(model: DiT) -> nn.Module:
     """diffusers' DiTTransformer2DModel with the values of ``model``, on its device and in its dtype.
 
-    They share storage where the layouts agree. The model's own sinusoids of t are set in the blocks: diffusers'
-    ``save_pretrained`` does not keep them.
+    They share storage where the layouts agree, but for what diffusers has in every block: it could not be saved shared. The
+    model's own sinusoids of t are set in the blocks; diffusers' ``save_pretrained`` does not keep them, and
+    ``load_diffusers_dit(..., frequency_shift=0)`` has those of the published weights.
 
     Raises InputError for a DiT over 1-D tokens, one without classes or with text, and without diffusers.
     """
@@ -224,13 +225,15 @@ def to_diffusers_dit(model: DiT) -> nn.Module:
         for index in range(config.depth):
             theirs, block = f"transformer_blocks.{index}", f"blocks.{index}"
             for number, layer in enumerate((0, 2), start=1):
-                state[f"{theirs}.norm1.emb.timestep_embedder.linear_{number}.{name}"] = ours[f"t_embedder.mlp.{layer}.{name}"]
+                state[f"{theirs}.norm1.emb.timestep_embedder.linear_{number}.{name}"] = ours[
+                    f"t_embedder.mlp.{layer}.{name}"
+                ].clone()
             q, k, v = ours[f"{block}.attn.qkv.{name}"].chunk(3)
             state |= {f"{theirs}.attn1.to_{part}.{name}": value for part, value in (("q", q), ("k", k), ("v", v))}
             state |= {f"{theirs}.{key}.{name}": ours[f"{block}.{mine}.{name}"] for mine, key in _DIFFUSERS.items()}
     table = ours["y_embedder.embedding_table.weight"]
     for index in range(config.depth):
-        state[f"transformer_blocks.{index}.norm1.emb.class_embedder.embedding_table.weight"] = table
+        state[f"transformer_blocks.{index}.norm1.emb.class_embedder.embedding_table.weight"] = table.clone()
     peer.load_state_dict(state, strict=True, assign=True)
     peer.pos_embed.pos_embed = ours["pos_embed"]  # a buffer that is not in the state dict
     for block in peer.transformer_blocks:

@@ -86,7 +86,6 @@ def push_to_hub(
     Raises: InputError when the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     text = model_card(model, name=repository, **card)
     with tempfile.TemporaryDirectory(prefix="textok-push-") as folder:
@@ -96,5 +95,5 @@ def push_to_hub(
             api = HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise InputError(f"cannot push to {repository}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # of the Hub's library, or of the HTTP library that its version has
+            raise InputError(f"cannot push to {repository}: {(str(error) or type(error).__name__).splitlines()[0]}") from error

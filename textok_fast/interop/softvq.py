@@ -115,10 +115,10 @@ def convert_softvq(
             options["soft_temperature"] = temperature
     except KeyError as error:
         raise InputError(f"this is not a SoftVQ-VAE or MAETok state dict: {error.args[0]} is missing") from None
+    except InputError:
+        raise
     except (ValueError, IndexError, RuntimeError) as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"this is not a SoftVQ-VAE or MAETok state dict: {error}")
-        ) from None
+        raise InputError(f"this is not a SoftVQ-VAE or MAETok state dict: {error}") from None
     if state:
         raise InputError(f"unexpected {', '.join(list(state)[:3])} in the weights of a SoftVQ-VAE or MAETok")
     about = about.get("config", about) if about else {}

@@ -7,6 +7,7 @@ first and the last weights.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ def convert_titok(state: dict[str, Tensor], heads: int | None = None, normalize_
             state.pop("quantize.embed_prob", None)  # how often a code was used in training
     except KeyError as error:
         raise InputError(f"this is not a TiTok state dict: {error.args[0]} is missing") from None
+    except InputError:
+        raise
     except (ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"this is not a TiTok state dict: {error}") from None
     if state:
@@ -210,6 +213,7 @@ class TiTok(nn.Module):
         with _context(self.tokenizer):
             return (core.decoder(latents, text) + 1) / 2
 
+    @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | None = None) -> Tensor:
         """Indices (B, 1, N) or (B, N) int64, for KL latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
         core, config = _core(self.tokenizer), self.tokenizer.config
@@ -233,7 +237,7 @@ def _core(tokenizer: Any) -> Any:
 
 
 def _context(tokenizer: Any) -> Any:
-    return torch.inference_mode() if isinstance(tokenizer, TexTok) else tokenizer._backends()
+    return contextlib.nullcontext() if isinstance(tokenizer, TexTok) else tokenizer._backends()
 
 
 def _fake_2d(latents: Tensor) -> Tensor:

@@ -36,12 +36,15 @@ class TexTokImageProcessor(BaseImageProcessor):
 
     @classmethod
     def of(cls, source: TexTok | str | Path, **kwargs: Any) -> TexTokImageProcessor:
-        """For a tokenizer, or for the directory that it was saved in."""
-        size = source.config.image_size if isinstance(source, TexTok) else read_config(Path(source))["image_size"]
-        return cls(size, **kwargs)
+        """For a tokenizer, its engine, or the directory that it was saved in."""
+        path = source if isinstance(source, (str, Path)) else None
+        given = vars(getattr(source, "config", object)) if path is None else read_config(Path(path))
+        if "image_size" not in given:
+            raise InputError(f"wanted a tokenizer or its directory, got {path or type(source).__name__}")
+        return cls(given["image_size"], **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """PIL images or uint8 arrays (H, W, 3), one or several, of any size -> ``pixel_values``.
+        """PIL images, files or uint8 arrays (H, W, 3), one or several, of any size -> ``pixel_values``.
 
         Args:
             return_tensors: "pt" for a tensor, "np" for an array.
@@ -60,6 +63,7 @@ class TexTokImageProcessor(BaseImageProcessor):
 
     def post_process(self, images: Tensor) -> list[Image.Image]:
         """What ``decode`` gives, float (B, 3, S, S) in [-1, 1] or uint8 (B, S, S, 3) -> PIL images."""
+        images = torch.as_tensor(images)
         pictures = images if images.dtype == torch.uint8 else to_uint8(images)
         return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
 
@@ -67,6 +71,8 @@ class TexTokImageProcessor(BaseImageProcessor):
 def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
         return given
+    if isinstance(given, (str, Path)):
+        return Image.open(given)
     array = np.asarray(given)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(f"a picture is a PIL image or uint8 (H, W, 3), got {type(given).__name__} {array.dtype} {array.shape}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import pickle
@@ -63,9 +64,13 @@ def read_weights(source: Source) -> Weights:
 
 def _unpickled(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of training checkpoints; holds settings and runs nothing
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = _hint(file) or " ".join(str(error).split())[:300]
+        if hint := _hint(file):
+            raise InputError(f"{file} is no file of torch.save ({hint})") from None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else str(error).split("\n")[0][:120]
         raise InputError(
             f"{file} holds something else than tensors, and nothing of it was run: {reason}. If it is a training checkpoint "
             "that you trust, save its tensors alone: torch.save(model.state_dict(), ...)"
