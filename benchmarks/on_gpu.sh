@@ -150,6 +150,10 @@ for wanted in $PARTS; do
     fp8) benchmark fp8 400 benchmarks/test_ops.py fp8_linear ;;
     dit) benchmark dit 300 benchmarks/test_dit_step.py operations ;;
     autotune) benchmark autotune 7200 benchmarks/test_ops.py "not attention and not backward" --max-autotune ;;
+    choices) # one file of its own: no table has its rows
+      part choices 300 "$PYTHON" benchmarks/step_choices.py --size "$size" --device "$device" --out "$OUT/choices.json" \
+        --batch ${BATCH:-1 8 64} --precision $([ "$device" = cuda ] && echo bf16 fp8 || echo bf16)
+      ;;
     steps)
       if [ -n "${SMOKE:-}" ]; then
         steps fp32 60 5 --size tiny --tokens 32 64 --batch 1

@@ -544,7 +544,7 @@ class _Group:
                 loop.advance()
                 continue
             here = min(entry.timed - len(samples), loop.total - loop.done, loop.until_ahead)
-            samples += _time_advances(loop, here, device)
+            samples += time_advances(loop, here, device)
         return samples
 
     def _time_part(self, part: _Part) -> list[tuple[float, float]]:
@@ -646,7 +646,7 @@ def _whole_run(loop: Loop) -> None:
     loop.finish()
 
 
-def _time_advances(loop: Loop, count: int, device: torch.device) -> list[tuple[float, float]]:
+def time_advances(loop: Loop, count: int, device: torch.device) -> list[tuple[float, float]]:
     """(wall, processor) seconds of each of ``count`` evaluations. On CUDA between events in the stream: nothing waits for a
     step to end before the next one is issued, as in a real run."""
     if device.type != "cuda":
