@@ -795,8 +795,11 @@ def test_a_pipeline_with_a_plan_makes_the_same_pictures(make_tokenizer: Callable
     assert found.captions == wanted.captions
     torch.testing.assert_close(found.tokens, wanted.tokens, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found.images, wanted.images, atol=1e-4, rtol=1e-4)
+    assert fast.to("cpu") is fast
     with pytest.raises(InputError, match="plan runs it on cpu"):
-        fast.to("cpu")
+        fast.to("meta")
+    with pytest.raises(InputError, match="precision is its plan's, fp32"):
+        fast.to(dtype=torch.bfloat16)
     with pytest.raises(InputError, match="a seed is"):
         fast(1, seed=-1)
 
