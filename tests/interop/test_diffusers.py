@@ -171,6 +171,8 @@ def test_one_format_for_both_classes(make_tokenizer: Make, tmp_path: Path) -> No
         ({"variant": "fp16"}, "no variants such as 'fp16'"),
         ({"colour": 1}, "unknown options colour"),
         ({"device_map": {"encoder": "cpu", "decoder": "cuda"}}, "run on one device"),
+        ({"device_map": "auto"}, "run on one device.*got 'auto'"),
+        ({"torch_dtype": "auto"}, "is one torch.dtype, got 'auto'"),
         ({"subfolder": "unet"}, "unet has no config.json"),
     ):
         with pytest.raises(InputError, match=message):
@@ -221,8 +223,34 @@ def test_the_cards_of_wrapped_models(make_tokenizer: Make) -> None:
     about = {"name": "me/x", "licence": "mit", "data": "-"}
     assert "TexTok image tokenizer" in interop.model_card(autoencoder(make_tokenizer), **about)
     assert "A diffusion transformer" in interop.model_card(pipeline(make_tokenizer).transformer, **about)
-    with pytest.raises(InputError, match="got int"):
-        interop.model_card(3, **about)
+    for other in (3, pipeline(make_tokenizer).pipeline):  # the latter has a tokenizer, which alone is not it
+        with pytest.raises(InputError, match=f"got {type(other).__name__}"):
+            interop.model_card(other, **about)
+
+
+def test_pushing_as_diffusers_does(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, set[str]] = {}
+
+    def upload(folder: str, repository: str, **options: Any) -> str:
+        kept[repository] = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+        return repository
+
+    class Card:
+        def save(self, path: str) -> None:
+            Path(path).write_text("card")
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda name, **options: type("Repo", (), {"repo_id": name}))
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *args, **options: Card())
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
+    pipe = pipeline(make_tokenizer)
+    for each in (pipe, pipe.vae):
+        monkeypatch.setattr(each, "_upload_folder", upload, raising=True)
+    pipe.vae.push_to_hub("me/vae")
+    assert kept["me/vae"] == {"README.md", "config.json", "model.safetensors"}
+    pipe.push_to_hub("me/pipe")
+    models = {f"{part}/{file}" for part in ("vae", "transformer") for file in ("config.json", "model.safetensors")}
+    others = {"README.md", "model_index.json", "pipeline.json", "pipeline.py", "scheduler/scheduler_config.json"}
+    assert kept["me/pipe"] == models | others
 
 
 # -- the transformer -----------------------------------------------------------------------------------------------------------
@@ -457,6 +485,24 @@ def test_callbacks_of_a_batch_in_parts(make_tokenizer: Make) -> None:
     assert run.total > 2, "the batch was to run in parts"
     with pytest.raises(InputError, match="use a smaller batch"):
         split(prompts, callback_on_step_end=lambda *a: None, **options)
+
+
+@pytest.mark.parametrize("plan", [None, Plan()])
+def test_a_callback_that_guides_by_gradients(make_tokenizer: Make, plan: Plan | None) -> None:
+    """Latents that hang on a graph are taken as numbers, under the caller's inference mode too."""
+    pipe = pipeline(make_tokenizer, plan=plan)
+
+    def pull(given: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = values["latents"].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(x.square().sum() / 2, x)
+            return {"latents": x - gradient * (step == 2)}
+
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": pull}
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found = pipe("a b", **options).images
+        assert not found.any() and not found.requires_grad
 
 
 @pytest.mark.parametrize("plan", [None, Plan()])

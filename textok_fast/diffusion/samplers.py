@@ -119,7 +119,7 @@ def run_program(
                 changed = on_step(index, times[index], state[0])
             except StopSampling as stopped:
                 return stopped.sample.to(noise.dtype)
-            state[0] = state[0] if changed is None else changed.to(state[0])
+            state[0] = state[0] if changed is None else changed.detach().to(state[0])
             require_same_shape("what on_step returned", state[0], noise)
         if progress is not None:
             progress(index + 1, program.evaluations)

@@ -387,7 +387,7 @@ class SamplingRun:
         place = self._current.latents
         if value.shape != place.shape:
             raise InputError(f"latents must be {tuple(place.shape)}, got {tuple(value.shape)}")
-        place.copy_(value)
+        place.copy_(value.detach())
 
     def _require_whole(self) -> None:
         if self.total > len(self.times):

@@ -56,17 +56,22 @@ _NO_MATTER = (
 def _loading(options: dict[str, Any]) -> dict[str, Any]:
     """diffusers' options of from_pretrained -> ``dtype``, ``device`` and the Hub's. InputError for what cannot be done."""
     options = {name: value for name, value in options.items() if name not in _NO_MATTER and value is not None}
-    places = options.pop("device_map", "cpu")
-    places = set(places.values()) if isinstance(places, Mapping) else {places}
-    taken = {"dtype": options.pop("torch_dtype", options.pop("dtype", None)), "device": options.pop("device", places.pop())}
-    if places:
-        raise InputError("these models run on one device: give device, or a device_map that names one")
+    dtype, place = options.pop("torch_dtype", options.pop("dtype", None)), options.pop("device_map", "cpu")
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise InputError(f"torch_dtype is one torch.dtype, got {dtype!r}")
+    places = list(place.values()) if isinstance(place, Mapping) else [place]
+    try:
+        (device,) = set(map(torch.device, [options.pop("device")] if "device" in options else places))
+    except (RuntimeError, ValueError):
+        raise InputError(
+            f"these models run on one device: give device, or a device_map that names one; got {place!r}"
+        ) from None
     if "variant" in options:
         raise InputError(f"there are no variants such as {options['variant']!r} here: weights are cast by torch_dtype")
     if unknown := sorted(set(options) - set(HUB_OPTIONS)):
         known = ", ".join(("torch_dtype", "device", *HUB_OPTIONS))
         raise InputError(f"unknown options {', '.join(unknown)}; known: {known}")
-    return {**taken, **options}
+    return {"dtype": dtype, "device": device, **options}
 
 
 class _Model(ModelMixin, ConfigMixin):

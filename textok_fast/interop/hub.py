@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import textok_fast
 from textok_fast.config import to_dict
 from textok_fast.errors import InputError
@@ -24,7 +26,7 @@ def _own(model: Any) -> TexTok | DiT:
     """The model itself, or the one inside an interface's object. InputError for an engine, which has no weights to save."""
     inner = model
     while not isinstance(inner, (TexTok, DiT)):
-        inner = getattr(inner, "tokenizer", None) or getattr(inner, "dit", None)
+        inner = (getattr(inner, "tokenizer", None) or getattr(inner, "dit", None)) if isinstance(inner, nn.Module) else None
         if inner is None:
             raise InputError(
                 f"a card is for a TexTok, a DiT or an interface around one, got {type(model).__name__}; "
