@@ -75,7 +75,7 @@ def _loading(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Model(ModelMixin, ConfigMixin):
-    """One of our models as one of diffusers': in ``place`` it lies, ``own`` is its class, ``folder`` where pipelines keep it.
+    """One of our models, of the class ``own``, as one of diffusers': it lies in the attribute ``place``.
 
     :meth:`from_pretrained` and :meth:`save_pretrained` are those of ``own``: same directories, same Hub ids.
     """
