@@ -285,7 +285,7 @@ def test_a_gaussian_generator_keeps_its_noise_schedule(
 
 def test_tokens_that_do_not_fit_are_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:
     sit, titok = golden("sit_1d")[0], golden("titok_vq")[0]
-    with pytest.raises(InputError, match="makes 8 tokens of 6 channels, the tokenizer has 8 of 4"):
+    with pytest.raises(InputError, match="makes 8 tokens of 6 channels, the tokenizer decodes 8 tokens of 4"):
         interop.convert("sit-1d", sit, tmp_path / "pipe", titok, heads=4, tokenizer_options={"heads": 4})
     with pytest.raises(InputError, match="a tokenizer goes with a generator"):
         interop.convert("titok", titok, tmp_path / "pipe", titok, heads=4)

@@ -18,7 +18,9 @@ from textok_fast.diffusion import NoiseSource, Objective, build_process, guided,
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.inference.engine import Engine
+from textok_fast.inference.generator import sample_shape
 from textok_fast.inference.plan import Plan
+from textok_fast.modeling.autoencoder import LatentTokenizer, load_tokenizer, token_shape
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
@@ -39,24 +41,28 @@ class GenerationOutput:
     """Pictures, the tokens they were decoded from, the caption each was decoded with and the seed it was drawn from."""
 
     images: Tensor  # uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1]
-    tokens: Tensor  # (B, N, d)
+    tokens: Tensor  # (B, N, d), or latents (B, C, h, w)
     captions: list[str]
     seeds: list[int]
 
 
 @dataclass
 class SamplingOptions:
-    """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow."""
+    """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow.
+    ``guided_channels``: how many of a sample's first channels guidance changes; None is what the generator's config says."""
 
     sampler: str = ""  # of diffusion.SAMPLERS; empty: ddpm for Gaussian diffusion, euler for a flow
     steps: int = 50
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     eta: float = 0.0  # ddim
+    guided_channels: int | None = None
 
 
 class GenerationPipeline:
     """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one.
+
+    The tokenizer is a TexTok for 1-D tokens, a :class:`LatentTokenizer` for a DiT over an autoencoder's 2-D latents.
 
     With a ``plan`` both run through engines (:func:`textok_fast.inference.Engine`), on the plan's device; without one as the
     modules they are.
@@ -65,23 +71,24 @@ class GenerationPipeline:
     def __init__(
         self,
         generator: DiT,
-        tokenizer: TexTok,
+        tokenizer: TexTok | LatentTokenizer,
         objective: Objective = "gaussian",
         prediction: str = "epsilon",
         plan: Plan | None = None,
         schedule: str = "linear",
     ) -> None:
-        config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
-        if (config.num_tokens, config.in_channels) != wanted:
+        if sample_shape(generator) != token_shape(tokenizer):
             raise InputError(
-                f"the generator makes {config.num_tokens} tokens of {config.in_channels} channels, the tokenizer decodes "
-                f"{wanted[0]} of {wanted[1]}: they were not trained together"
+                f"the generator makes {_in_words(sample_shape(generator))}, the tokenizer decodes "
+                f"{_in_words(token_shape(tokenizer))}: they were not trained together"
             )
+        if generator.config.text_dim and isinstance(tokenizer, LatentTokenizer):
+            raise InputError("a generator from captions reads the features of its tokenizer's text encoder; this one has none")
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
-        self.process = build_process(objective, config.learn_sigma, prediction, schedule)
+        self.process = build_process(objective, generator.config.learn_sigma, prediction, schedule)
         self.objective, self.prediction, self.schedule = objective, prediction, schedule
         self.plan = plan
-        self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
+        self._engines: tuple[Any, Any] | None = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
     def to(self, device: str | torch.device) -> GenerationPipeline:
         """Moves the models; InputError with a plan, which says where they run."""
@@ -94,7 +101,8 @@ class GenerationPipeline:
     @property
     def device(self) -> torch.device:
         """Where tokens and pictures are made."""
-        return self.tokenizer.device if self._engines is None else self._engines[0].device
+        found: torch.device = self.tokenizer.device if self._engines is None else self._engines[0].device
+        return found
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Writes what :func:`load_pipeline` reads, without the plan; returns the directory."""
@@ -108,6 +116,12 @@ class GenerationPipeline:
     def _about(self) -> dict[str, Any]:
         return {"label_names": [], "captions": {}}
 
+    def text_features(self, captions: list[str]) -> TextFeatures | None:
+        """What the generator reads of captions, one a sample; None for one that reads none."""
+        if not self.generator.config.text_dim or isinstance(self.tokenizer, LatentTokenizer):
+            return None
+        return self.tokenizer.text_features(captions, len(captions))
+
     def generate_tokens(
         self,
         labels: Tensor | None,
@@ -116,13 +130,15 @@ class GenerationPipeline:
         options: SamplingOptions,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Tokens (B, N, d) for B labels and captions. Sample i depends on seed i and its condition alone, not on its batch."""
+        """Tokens (B, N, d), or latents (B, C, h, w), for B labels and captions. Sample i depends on seed i and its condition
+        alone, not on its batch."""
         config, device = self.generator.config, self.tokenizer.device
         source = seeded_noise(seeds, device)
         if self._engines is not None:
-            return self._engines[0].sample(
+            made: Tensor = self._engines[0].sample(
                 self.process, labels=labels, text=text, seeds=seeds, **dataclasses.asdict(options), progress=progress
             )
+            return made
         condition = Condition(
             None if labels is None else labels.to(device),
             None if text is None else text.features,
@@ -138,12 +154,13 @@ class GenerationPipeline:
             given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
             return self.generator(x, t, c.labels, given)
 
-        noise = source(0, (len(seeds), config.num_tokens, config.in_channels)).to(self.tokenizer.dtype)  # (B, N, d)
+        noise = source(0, (len(seeds), *sample_shape(self.generator))).to(self.tokenizer.dtype)  # (B, N, d)
+        channels = options.guided_channels or config.guided_channels or None
         sampler = options.sampler or ("euler" if self.objective == "flow" else "ddpm")
         extra = {"eta": options.eta} if sampler == "ddim" else {}
         return sample(
             sampler,
-            guided(model, condition, null, options.guidance_scale, options.guidance_interval, config.guided_channels or None),
+            guided(model, condition, null, options.guidance_scale, options.guidance_interval, channels),
             noise,
             options.steps,
             self.process,
@@ -164,7 +181,7 @@ class GenerationPipeline:
     ) -> GenerationOutput:
         with torch.no_grad():
             tokens = self.generate_tokens(labels, text, seeds, options, progress)
-            decoder = self.tokenizer if self._engines is None else self._engines[1]
+            decoder: Any = self.tokenizer if self._engines is None else self._engines[1]
             return GenerationOutput(decoder.decode(tokens, captions, output=output), tokens, captions, seeds)
 
 
@@ -188,7 +205,7 @@ class TextToImagePipeline(GenerationPipeline):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise InputError("give at least one prompt, each a non-empty string")
-        text = self.tokenizer.text_features(prompts, len(prompts)) if self.generator.config.text_dim else None
+        text = self.text_features(prompts)
         return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, progress)
 
 
@@ -198,7 +215,7 @@ class ClassToImagePipeline(GenerationPipeline):
     def __init__(
         self,
         generator: DiT,
-        tokenizer: TexTok,
+        tokenizer: TexTok | LatentTokenizer,
         objective: Objective = "gaussian",
         label_names: Sequence[str] = (),
         captions: dict[int, list[str]] | None = None,
@@ -235,7 +252,7 @@ class ClassToImagePipeline(GenerationPipeline):
             chosen = list(captions)
             if len(chosen) != len(indices):
                 raise InputError(f"got {len(chosen)} captions for {len(indices)} labels")
-        text = self.tokenizer.text_features(chosen, len(chosen)) if self.generator.config.text_dim else None
+        text = self.text_features(chosen)
         return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, progress)
 
     def _about(self) -> dict[str, Any]:
@@ -260,6 +277,13 @@ class ClassToImagePipeline(GenerationPipeline):
             return ""
         generator = torch.Generator().manual_seed(seed)
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    """Of one sample: (N, d), or (C, h, w)."""
+    if len(shape) == 2:
+        return f"{shape[0]} tokens of {shape[1]} channels"
+    return f"latents of {shape[0]} channels and {shape[1]} x {shape[2]}"
 
 
 def seeds_for(seed: int | Sequence[int], count: int) -> list[int]:
@@ -291,7 +315,8 @@ def seeded_noise(seeds: Sequence[int], device: str | torch.device) -> NoiseSourc
 def load_pipeline(
     directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
 ) -> TextToImagePipeline | ClassToImagePipeline:
-    """The pipeline that ``textok-fast train generator`` wrote: by class when the generator has classes, else by caption.
+    """The pipeline that ``textok-fast train generator`` or ``textok-fast convert`` wrote: by class when the generator has
+    classes, else by caption.
 
     With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
     the text encoder.
@@ -305,12 +330,13 @@ def load_pipeline(
         captions = {int(label): texts for label, texts in about["captions"].items()}
     except FileNotFoundError:
         raise InputError(
-            f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one"
+            f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one, and "
+            "`textok-fast convert --tokenizer`"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
     generator = DiT.from_pretrained(directory / "generator", device=device)
-    tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
+    tokenizer = load_tokenizer(directory / "tokenizer", device)
     if generator.config.num_classes:
         return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
     return TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)

@@ -45,7 +45,7 @@ class PretrainedMixin(nn.Module):
         """
         directory = _locate(source, revision)
         values = read_config(directory, f"a saved {cls.__name__}")
-        kind = values.pop("model_type", None)
+        kind = values.pop("model_type", values.get("_class_name"))  # diffusers'
         if kind != cls.model_type:
             raise InputError(f"{directory} holds a model of type {kind!r}, wanted {cls.model_type!r} ({cls.__name__})")
         model = cls(from_mapping(cls.config_class, values))
