@@ -183,7 +183,8 @@ class TexTokPipeline(DiffusionPipeline):
         Args:
             prompt, class_labels: one or several; a model by class decodes with ``prompt``, one for each label, if given.
             generator: one, or one for each picture, from which seeds are drawn; None draws them from torch's.
-            output_type: "pil"; "np" (B, S, S, 3) float in [0, 1]; "pt" (B, 3, S, S) likewise; "latent" the tokens (B, N, d).
+            output_type: "pil"; "np" (B, S, S, 3) float in [0, 1]; "pt" (B, 3, S, S) likewise; "latent" the tokens (B, N, d), or
+                latents (B, C, h, w).
             callback_on_step_end: ``(pipe, step, evaluations in all, {})`` after each evaluation. It can look, but not change
                 latents: a captured loop does not stop for it.
             options: further fields of :class:`~textok_fast.inference.SamplingOptions`, such as ``sampler``.
