@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from textok_fast import DiT, DiTConfig, TexTok, config, inference
+from textok_fast import DiT, DiTConfig, TexTok, config, inference, interop
 from textok_fast.cli import _parse, main
 from textok_fast.diffusion import SAMPLERS
 from textok_fast.inference import Plan
@@ -123,32 +123,52 @@ def public(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     put("yucornetto/tokenizer_titok_bl64_vq8k_imagenet", "titok_vq")
     put("turkeyju/tokenizer_tatitok_bl32_vae", "tatitok_vae")
     put("SoftVQVAE/sit-xl_softvq-l-32-512", "sit_1d")
-    put("SoftVQVAE/softvq-l-32-512", "tatitok_vae")  # as many tokens and channels; a SoftVQ-VAE is in tests/interop
+    put("SoftVQVAE/dit-xl_softvq-l-64", "dit_1d")
+    for name in ("softvq-l-32-512", "softvq-l-64"):  # as many tokens and channels; a SoftVQ-VAE is in tests/interop
+        put(f"SoftVQVAE/{name}", "tatitok_vae")
     diffusers = pytest.importorskip("diffusers")
-    layers = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
-    diffusers.AutoencoderKL(**layers).save_pretrained(work / "stabilityai" / "sd-vae-ft-ema")
+    layers: dict[str, Any] = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 256}
+    layers |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    hub = work / "facebook" / "DiT-XL-2-512"
+    for directory in (work / "stabilityai" / "sd-vae-ft-ema", hub / "vae"):
+        diffusers.AutoencoderKL(**layers, latent_channels=4).save_pretrained(directory)
+    (hub / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     made = {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "in_channels": 4}
     made |= {"out_channels": 8, "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 1000, "patch_size": 2}
     model = diffusers.DiTTransformer2DModel(**made, norm_elementwise_affine=False)
-    model.save_pretrained(work / "facebook" / "DiT-XL-2-512" / "transformer")
+    model.save_pretrained(hub / "transformer")
     return work
 
 
+def small(line: str) -> list[list[str]]:
+    """The commands of a line without their first word, on what the small models and this machine have."""
+    line = re.sub(r"--steps \d+", "", line.replace("--label 207", "--label 7").replace("--precision auto", ""))
+    line = line.replace("textok-fast sample", "textok-fast sample --steps 2")
+    return [shlex.split(command, comments=True)[1:] for command in line.split(" && ")]
+
+
 def test_examples_of_weights(public: Path) -> None:
-    names = run(read("docs/weights.md").replace("[207]", "[7]").replace("512, 512", "8, 8"))
+    lines = blocks(read("docs/weights.md"), "bash")[0].splitlines()
+    for line in lines:
+        for command in small(line):
+            assert main(command) == 0, line
+    assert "diffusers' own DiTTransformer2DModel" in (public / "weights-hub" / "weights.md").read_text()
+    text = read("docs/weights.md").replace("pipe(207,", "pipe(7,").replace("steps=50", "steps=2")
+    names = run(text)
+    assert names["made"].images.shape == (1, 64, 64, 3) and names["made"].tokens.shape == (1, 4, 8, 8)
+    assert names["pixels"].shape == (1, 3, 64, 64)
     assert names["pictures"][0].size == (16, 16) and names["restored"][0].size == (16, 16)
-    for line in blocks(read("docs/weights.md"), "bash")[0].splitlines():
-        small = line.replace("--label 207", "--label 7").replace("--precision auto", "")
-        assert main(shlex.split(small, comments=True)[1:]) == 0, line
 
 
-def test_every_public_weight_in_the_readme_is_one_command(public: Path) -> None:
-    commands = re.findall(r"`(textok-fast convert .*?)`", read("README.md", "Bring your own weights"))
-    assert len(commands) == 7
-    for command in commands:
-        if "dit64" not in command:  # like the row above it; held to its peer in tests/interop
-            assert main(shlex.split(command)[1:]) == 0, command
-        assert callable(_parse(shlex.split(command)[1:]).handler)
+def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
+    text = read("README.md", "Bring your own weights")
+    rows = re.findall(r"^\| (.*?) \| .*? \| `(textok-fast convert .*?)` \|$", text, flags=re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", "".join(kinds for kinds, _ in rows))) == set(interop.KINDS) - {"maetok"}
+    for _, line in rows:
+        convert, then = small(line)
+        assert main(convert) == 0 and main(then) == 0, line
+    for line in blocks(text, "bash")[0].splitlines():
+        assert main(small(line.replace("image_size=512", "image_size=64"))[0]) == 0, line
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/engine.md", "docs/operations.md", "docs/weights.md"])

@@ -177,7 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", run_sample, "generate pictures from captions or classes; resumable",
         'textok-fast sample --model runs/dit/final --prompt "cow top left; red background" --out samples')  # fmt: skip
-    sample.add_argument("--model", required=True, help="directory that `train generator` wrote (its final/)")
+    sample.add_argument(
+        "--model", required=True, help="directory that `train generator` (its final/) or `convert --tokenizer` wrote"
+    )
     sample.add_argument("--prompt", action="append", default=[],
         help="a caption; repeat for several. With --label: what the decoder reads, one for each label")  # fmt: skip
     sample.add_argument("--prompts", type=Path, help="a file with one caption a line")
@@ -193,6 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where LOW <= t <= HIGH"
     )
+    sample.add_argument("--guided-channels", type=int, metavar="N",
+        help="guide a sample's first N channels (default: as the generator's config says)")  # fmt: skip
     sample.add_argument("--out", type=Path, required=True)
     _plan_options(sample)
     sample.add_argument("--split", action="store_true", help="run a batch that does not fit into memory in parts")
@@ -204,13 +208,16 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--weights", required=True, help="a file, a directory, or a Hub id: owner/name, or with /folder or /file.pt"
     )
-    convert.add_argument("--tokenizer", help="weights of a generator's tokenizer: --out becomes a pipeline for `sample`")
+    convert.add_argument(
+        "--tokenizer",
+        help="weights of a generator's tokenizer, an SD-VAE for a DiT over 2-D latents: --out becomes a pipeline for `sample`",
+    )
     convert.add_argument("--out", type=Path, required=True)
     convert.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="what shapes do not tell: heads=4, guided_channels=3, schedule=linear, tokenizer.heads=4",
+        help="what shapes do not tell: heads=4, guided_channels=4, schedule=linear, tokenizer.heads=4, image_size=512",
     )
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
@@ -449,6 +456,7 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
             sampler=args.sampler,
             guidance=args.guidance,
             interval=tuple(args.guidance_interval) if args.guidance_interval else None,
+            guided_channels=args.guided_channels,
             plan=plan,
             progress=advance,
         )
@@ -473,7 +481,7 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"settings are key=value, or tokenizer.key=value, got {item!r}")
         options[whose][name] = yaml.safe_load(value)
     report = convert(args.kind, args.weights, args.out, args.tokenizer, tokenizer_options=options["tokenizer"], **options[""])
-    beside = f", with {report['tokenizer']}" if "tokenizer" in report else ""
+    beside = f", with {report['tokenizer']}, pictures of {report['image_size']} px" if "tokenizer" in report else ""
     print(f"{report['kind']} ({report['what']}), {report['parameters']:,} parameters{beside}\nwrote {report['out']}")
     return report
 

@@ -9,6 +9,7 @@ import statistics
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -183,11 +184,20 @@ def result() -> SpeedupResult:
 
 
 class _FakeVae(torch.nn.Module):
+    """The parts of an AutoencoderKL that a decoder's forms run."""
+
+    config = SimpleNamespace(sample_size=64, block_out_channels=(8,) * 4, latent_channels=4, scaling_factor=0.18215)
+    device, dtype = CPU, torch.float32
+
     def __init__(self) -> None:
         super().__init__()
         with torch.device("meta"):
             self.post_quant_conv = torch.nn.Conv2d(4, 4, 1)
             self.decoder = torch.nn.ConvTranspose2d(4, 3, 8, 8)
+
+    def decode(self, z: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        assert not return_dict
+        return (self.decoder(self.post_quant_conv(z)),)
 
 
 def test_every_row_is_complete_and_consistent(result: SpeedupResult) -> None:

@@ -24,8 +24,8 @@ from textok_fast.inference import (
     StepCache,
     TokenizerEngine,
 )
+from textok_fast.inference import execution as execution_module
 from textok_fast.inference import generator as generator_module
-from textok_fast.inference import tokenizer as tokenizer_module
 from textok_fast.inference.memory import weights_estimate
 from textok_fast.modeling.text_encoders import TextFeatures
 
@@ -731,7 +731,7 @@ def test_mistakes_are_named() -> None:
         (lambda: text.start(gaussian, seeds=[1], text=(torch.zeros(1, 5, 7), torch.ones(1, 5) > 0)), "text features"),
         (lambda: engine.memory(0), "at least one sample"),
         (lambda: Engine(make(), Plan(step_cache=StepCache(2, 2, 9))), "stop 9"),
-        (lambda: Engine(torch.nn.Linear(2, 2)), "an engine runs a DiT or a TexTok, got Linear"),  # type: ignore[call-overload]
+        (lambda: Engine(torch.nn.Linear(2, 2)), "an engine runs a DiT, a TexTok or diffusers' AutoencoderKL, got Linear"),
     ]
     for call, message in calls:
         with pytest.raises(InputError, match=message):
@@ -753,7 +753,7 @@ def test_forced_backends_hold_inside_the_engine_only(monkeypatch: pytest.MonkeyP
 
 def test_a_shape_that_comes_again_is_a_graph(monkeypatch: pytest.MonkeyPatch, make_tokenizer: Callable[..., TexTok]) -> None:
     """A tokenizer on a CPU that believes to capture."""
-    monkeypatch.setattr(tokenizer_module, "Captured", FakeGraph)
+    monkeypatch.setattr(execution_module, "Captured", FakeGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *a: SimpleNamespace(cuda_stream=7))
     FakeGraph.made.clear()
     model = make_tokenizer()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop
+from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop, ops
 from textok_fast.diffusion import GaussianDiffusion, build_process
 from textok_fast.inference import Engine, Plan, SamplingOptions, load_pipeline
 
@@ -266,6 +268,95 @@ def test_a_generator_and_its_tokenizer_become_a_pipeline(golden: Callable[[str],
     assert isinstance(tokenizer, TexTok)
 
 
+def small_vae(**overrides: Any) -> Any:
+    """An f2 autoencoder of diffusers."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(**{**sizes, **overrides}).eval()
+
+
+@pytest.mark.parametrize(("given", "wanted"), [([], 3), (["guided_channels=4"], 4), (["guided_channels=0"], 0)])
+@torch.no_grad()
+def test_a_dit_and_an_sd_vae_become_a_pipeline(
+    golden: Callable[[str], Any], tmp_path: Path, given: list[str], wanted: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command to the pipeline, one to the pictures; the latents are those of DiT's authors' guided forward."""
+    vae = small_vae(sample_size=256)
+    vae.save_pretrained(tmp_path / "vae")
+    weights, _, config = golden("dit_2d")
+    torch.save({"ema": weights}, tmp_path / "DiT.pt")
+    command = ["convert", "--from", "dit", "--weights", str(tmp_path / "DiT.pt"), "--tokenizer", str(tmp_path / "vae")]
+    assert cli.main([*command, "--out", str(tmp_path / "pipe"), f"heads={config['num_heads']}", *given]) == 0
+    assert "with Stable Diffusion's autoencoder f8, through diffusers, pictures of 16 px" in capsys.readouterr().out
+    pipe: Any = load_pipeline(tmp_path / "pipe", plan=Plan())
+    assert (pipe.generator.config.guided_channels, pipe.schedule, pipe.objective) == (wanted, "linear", "gaussian")
+    options = SamplingOptions("ddim", steps=1, guidance_scale=config["cfg_scale"])
+    made = pipe([1, 2], seed=0, options=options, output="float")
+    assert made.tokens.shape == (2, 4, 8, 8) and made.images.shape == (2, 3, 16, 16)
+    # One step of DDIM from noise at its only time, 0: x0 = (x - sqrt(1 - a) e) / sqrt(a).
+    peer: Any = interop.load("dit", weights, heads=config["num_heads"], guided_channels=wanted)
+    noise = ops.seeded_normal(torch.tensor([0, 1]), torch.tensor(0), (4, 8, 8))
+    null = torch.full((2,), peer.config.num_classes)
+    times, labels = torch.zeros(4, dtype=torch.int64), torch.cat([torch.tensor([1, 2]), null])
+    out = peer.forward_with_cfg(torch.cat([noise, noise]), times, labels, config["cfg_scale"])
+    a = 1 - 1e-4
+    torch.testing.assert_close(made.tokens, (noise - (1 - a) ** 0.5 * out[:2, :4]) / a**0.5, atol=1e-4, rtol=1e-4)
+    pictures = vae.decode(made.tokens / 0.18215).sample.clamp(-1, 1)
+    torch.testing.assert_close(made.images, pictures, atol=1e-4, rtol=1e-4)
+    sample = ["sample", "--model", str(tmp_path / "pipe"), "--label", "1", "--steps", "2", "--guidance", "4", "--device", "cpu"]
+    assert cli.main([*sample, "--out", str(tmp_path / "pictures")]) == 0
+    assert Image.open(tmp_path / "pictures" / "00000.png").size == (16, 16)
+    diffusers_pipe = interop.TexTokPipeline.from_pretrained(tmp_path / "pipe")
+    assert diffusers_pipe(class_labels=[1], num_inference_steps=2, guidance_scale=4.0).images[0].size == (16, 16)
+
+
+@torch.no_grad()
+def test_diffusers_own_pipeline_is_one_directory(tmp_path: Path) -> None:
+    """As facebook/DiT-XL-2-512 is on the Hub: transformer/ and vae/, which are also given apart."""
+    diffusers = pytest.importorskip("diffusers")
+    vae, model = small_vae(), awake(frequency_shift=1)
+    transformer: Any = interop.to_diffusers_dit(model)
+    diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "hub")
+    report = interop.convert(None, tmp_path / "hub", tmp_path / "whole")
+    assert (report["kind"], report["image_size"]) == ("diffusers-dit", 16)
+    parts = interop.convert("diffusers-dit", tmp_path / "hub" / "transformer", tmp_path / "parts", tmp_path / "hub" / "vae")
+    assert {**parts, "out": ""} == {**report, "out": ""}
+    whole, apart = load_pipeline(tmp_path / "whole"), load_pipeline(tmp_path / "parts")
+    assert whole.generator.config.guided_channels == 3
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 4])
+    torch.testing.assert_close(whole.generator(x, t, y), transformer(x, t, y, return_dict=False)[0], **CLOSE)
+    options = SamplingOptions(steps=2, guidance_scale=4.0)
+    assert torch.equal(whole([1], options=options).images, apart([1], options=options).images)  # type: ignore[list-item]
+    with pytest.raises(InputError, match="is a pipeline of diffusers: name one of its parts"):
+        interop.load(None, tmp_path / "hub")
+
+
+def test_what_an_sd_vae_does_not_decode_is_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    dit, sit, titok = golden("dit_2d")[0], golden("sit_1d")[0], golden("titok_vq")[0]
+    small_vae().save_pretrained(tmp_path / "vae")
+    small_vae(latent_channels=8).save_pretrained(tmp_path / "other")
+    out, heads = tmp_path / "pipe", {"heads": 4}
+    with pytest.raises(
+        InputError, match="makes 8 tokens of 6 channels, the tokenizer decodes latents of 4 channels and 16 x 16"
+    ):
+        interop.convert("sit-1d", sit, out, tmp_path / "vae", **heads)
+    with pytest.raises(
+        InputError, match="makes latents of 4 channels and 8 x 8, the tokenizer decodes latents of 8 channels and"
+    ):
+        interop.convert("dit", dit, out, tmp_path / "other", **heads)
+    with pytest.raises(InputError, match="makes latents of 4 channels and 8 x 8, the tokenizer decodes 8 tokens of 4"):
+        interop.convert("dit", dit, out, titok, **heads, tokenizer_options=heads)
+    with pytest.raises(InputError, match="a pipeline decodes with a tokenizer, got DiT over 2-D patches"):
+        interop.convert("dit", dit, out, dit, **heads, tokenizer_options=heads)
+    with pytest.raises(InputError, match="have a multiple of 2 pixels, got image_size=15"):
+        interop.load("sd-vae", tmp_path / "vae", image_size=15)
+    assert not out.exists()
+    assert interop.convert(None, tmp_path / "vae", out, image_size=48)["kind"] == "sd-vae"
+    assert json.loads((out / "config.json").read_text())["sample_size"] == 48
+
+
 @pytest.mark.parametrize(("given", "wanted"), [(None, "cosine"), ("linear", "linear")])
 def test_a_gaussian_generator_keeps_its_noise_schedule(
     golden: Callable[[str], Any], tmp_path: Path, given: str | None, wanted: str
@@ -285,7 +376,7 @@ def test_a_gaussian_generator_keeps_its_noise_schedule(
 
 def test_tokens_that_do_not_fit_are_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:
     sit, titok = golden("sit_1d")[0], golden("titok_vq")[0]
-    with pytest.raises(InputError, match="makes 8 tokens of 6 channels, the tokenizer has 8 of 4"):
+    with pytest.raises(InputError, match="makes 8 tokens of 6 channels, the tokenizer decodes 8 tokens of 4"):
         interop.convert("sit-1d", sit, tmp_path / "pipe", titok, heads=4, tokenizer_options={"heads": 4})
     with pytest.raises(InputError, match="a tokenizer goes with a generator"):
         interop.convert("titok", titok, tmp_path / "pipe", titok, heads=4)

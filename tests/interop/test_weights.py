@@ -135,7 +135,11 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.config == {} and not found.state["weight"].any()
     save_file({"weight": torch.ones(3)}, folder.parent / "model.safetensors")
     asked.clear()
-    assert read_weights("owner/name").state["weight"].shape == (3,) and asked == ["config.json", "*.safetensors", "*.bin"]
+    assert read_weights("owner/name").state["weight"].shape == (3,)
+    assert asked == ["config.json", "*.safetensors", "*.bin", "model_index.json", "*/config.json"]
+    (folder.parent / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="owner/name is a pipeline of diffusers: name one of its parts, such as owner/name/tr"):
+        read_weights("owner/name")
 
 
 def test_a_training_checkpoint_with_its_arguments(tmp_path: Path) -> None:

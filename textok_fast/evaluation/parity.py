@@ -25,7 +25,7 @@ from textok_fast.evaluation.step_times import network_config, step_inputs
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import load_pipeline, seeded_noise
 from textok_fast.inference.plan import Plan, StepCache
-from textok_fast.modeling import TexTok
+from textok_fast.modeling import LatentTokenizer, TexTok
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.ops.device import resolve_device
@@ -242,7 +242,7 @@ class _Subject:
 
     name: str
     model: DiT
-    tokenizer: TexTok | None
+    tokenizer: TexTok | LatentTokenizer | None
     process: Process
     sampler: str
     labels: Tensor | None  # (B,) int64
@@ -303,7 +303,7 @@ def _trained(config: ParityConfig, device: torch.device) -> _Subject:
     text = None
     if settings.text_dim:
         captions = [f"a picture, number {index}" for index in range(config.batch)]
-        text = pipeline.tokenizer.text_features(captions, config.batch)
+        text = pipeline.text_features(captions)
     sampler = config.sampler or ("euler" if pipeline.objective == "flow" else "ddim")
     known = labels if settings.num_classes else None
     name = f"the generator in {Path(config.model).name}"
@@ -401,7 +401,7 @@ def _reference_sample(config: ParityConfig, subject: _Subject) -> Tensor:
         return model(x, t, given[0], None if given[1] is None else TextFeatures(*given[1]))
 
     with use_backend("reference"):
-        pair = guided(network, condition, null, config.guidance_scale)
+        pair = guided(network, condition, null, config.guidance_scale, channels=settings.guided_channels or None)
         source = seeded_noise(range(config.batch), subject.noise.device)  # as the engine draws it
         return sample(subject.sampler, pair, subject.noise, config.steps, subject.process, source)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from textok_fast.diffusion import (
 from textok_fast.errors import InputError
 from textok_fast.evaluation.roofline import count_flops
 from textok_fast.evaluation.step_times import TEXTOK_TOKENS, RandomWeights
+from textok_fast.inference.autoencoder import activation_bytes
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.execution import Captured
 from textok_fast.inference.generator import GeneratorEngine, SamplingRun
@@ -35,8 +37,10 @@ from textok_fast.inference.memory import available_memory
 from textok_fast.inference.modulation import layout
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.precision import pack_linears
-from textok_fast.modeling import DiT, TexTok
+from textok_fast.modeling import DiT, LatentTokenizer, TexTok
+from textok_fast.modeling.autoencoder import SD_VAE, build_autoencoder
 from textok_fast.modeling.text_encoders import TextFeatures, load_text_encoder
+from textok_fast.modeling.tokenizer import to_uint8
 
 FORMS = {
     "reference": "PyTorch, eager, as the original code runs it",
@@ -45,7 +49,7 @@ FORMS = {
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32, "fp8": torch.bfloat16}  # -> weights given
 SAMPLERS = ("ddpm", "ddim")  # of the original code; the two that evaluate the network once a step and keep one state
-SD_VAE = "SD-VAE f8"
+SD_VAE_NAME = "SD-VAE f8"
 # 140 words, which are about as many tokens as TexTok's captions have (120 to 220).
 CAPTION = (
     "Picture {index}: a small wooden boat with a faded red hull and a short white mast rests on wet sand at low tide, tied "
@@ -73,7 +77,7 @@ class System:
 
     @property
     def decoder(self) -> str:
-        return SD_VAE if self.textok is None else f"TexTok-{self.textok.num_tokens}"
+        return SD_VAE_NAME if self.textok is None else f"TexTok-{self.textok.num_tokens}"
 
 
 def system_named(name: str, size: str = "XL") -> System:
@@ -291,22 +295,28 @@ class Bench:
         return self._weights.fill(model)
 
     def _sd_vae(self, system: System, form: str, batch: int) -> Callable[[], Tensor]:
-        vae = self._once(("sd-vae",), lambda: self._vae_weights.fill(_sd_vae_on_meta(system.generator.input_size < 64)))
         side = system.generator.input_size
-        latents = torch.randn(batch, 4, side, side, device=self.device).to(self.dtype)  # (B, 4, S / 8, S / 8)
 
-        def decode(z: Tensor) -> Tensor:
-            pixels = vae.decoder(vae.post_quant_conv(z / 0.18215))  # (B, 3, S, S), the published scale of the latents
-            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)  # (B, S, S, 3)
+        def make() -> LatentTokenizer:
+            return LatentTokenizer(self._vae_weights.fill(_sd_vae_on_meta(side < 64)), 8 * side)
+
+        vae = self._once(("sd-vae",), make)
+        latents = torch.randn(batch, 4, side, side, device=self.device).to(self.dtype)  # (B, 4, S / 8, S / 8)
+        if form == "engine":
+            # On a CPU torch.compile made this decoder slower.
+            compiled = self.device.type == "cuda" and self.compile_parts
+            plan = dataclasses.replace(self.plan(batch), compile="max-autotune" if compiled else "none")
+            engine = self._once((form, system.decoder, "compiled"), lambda: Engine(vae, plan))
+            return lambda: engine.decode(latents, output="uint8")
+
+        def decode(tokens: Tensor) -> Tensor:
+            z = (tokens / vae.config.scale).to(self.dtype)
+            return to_uint8(vae.vae.decode(z, return_dict=False)[0])  # (B, S, S, 3)
 
         run: Callable[[Tensor], Tensor] = decode
-        if form == "engine":
-            vae = self._once((form, system.decoder), lambda: copy.deepcopy(vae).to(memory_format=torch.channels_last))
-            latents = latents.contiguous(memory_format=torch.channels_last)
-        if self._compiles(form):
+        if form == "compile":
             run = self._once((form, system.decoder, "compiled"), lambda: _compile(decode, self.device))
-        # A picture's largest activations are 256 channels at full size, a few times over.
-        each = 6 * 256 * (8 * side) ** 2 * self.dtype.itemsize
+        each = activation_bytes(vae.vae.config, (8 * side) ** 2, self.dtype)
         at_once = max(1, min(batch, available_memory(self.device) // each))
         return self._fast(form, lambda: torch.cat([run(part) for part in latents.split(at_once)]))
 
@@ -520,22 +530,10 @@ def _inputs(config: DiTConfig, batch: int, device: torch.device, dtype: torch.dt
 
 
 def _sd_vae_on_meta(tiny: bool) -> nn.Module:
-    """Decoder and post_quant_conv of the autoencoder of Stable Diffusion 1 (f8, 4 channels)."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise InputError("the SD-VAE f8 decoder comes from diffusers: pip install 'textok-fast[bench]'") from None
-    widths = (32, 32, 32, 32) if tiny else (128, 256, 512, 512)
+    """The autoencoder of Stable Diffusion 1 (f8, 4 channels); only its decoder is timed."""
+    smaller = {"block_out_channels": (32,) * 4, "layers_per_block": 1} if tiny else {}
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            layers_per_block=1 if tiny else 2,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            sample_size=512,
-        )
-    return nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+        return build_autoencoder({**SD_VAE, **smaller})
 
 
 def _compile_options(device: torch.device) -> dict[str, str]:

@@ -1,9 +1,14 @@
-"""Somebody's weights timed on this machine: as their authors run them, in PyTorch, and through the engine, in turn."""
+"""Somebody's weights timed on this machine: as their peer runs them, in eager PyTorch, and through the engine, in turn.
+
+The peer's form of what is diffusers' is diffusers' own model: DiTTransformer2DModel, AutoencoderKL. Of the others, whose code
+is no package, it is the network operation by operation with scaled_dot_product_attention. Results say which it was.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,24 +22,29 @@ from textok_fast.evaluation.peers import OriginalDiT, relative_error
 from textok_fast.evaluation.provenance import provenance, reporter
 from textok_fast.evaluation.roofline import time_call, use_threads
 from textok_fast.evaluation.step_times import Spread, step_inputs
+from textok_fast.inference.autoencoder import PRECISION
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.plan import Plan
-from textok_fast.interop import load
+from textok_fast.interop import to_diffusers_dit
+from textok_fast.interop.convert import load_and_tell
 from textok_fast.modeling import DiT, TexTok
+from textok_fast.modeling.autoencoder import LatentTokenizer, is_autoencoder
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.ops.device import resolve_device
 from textok_fast.ops.dispatch import use_backend
 
 PRECISIONS = ("fp32", "bf16", "int8", "fp8")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the authors' form; the other precisions are the engine's
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the peer's form; the other precisions are the engine's
+DIFFUSERS = {"diffusers-dit": "DiTTransformer2DModel", "sd-vae": "AutoencoderKL"}  # kind -> the model that is the peer's form
 
 
 @dataclass
 class WeightsConfig:
     """``weights`` and ``kind`` as ``textok-fast convert`` takes them; ``heads`` where the width is no published one.
 
-    A generator is timed by its forward, a tokenizer by encoding and decoding, each at every ``batch``. ``text_tokens``: of the
-    features that a tokenizer with text is given.
+    A generator is timed by its forward, a tokenizer or an autoencoder by encoding and decoding, each at every ``batch``.
+    ``text_tokens``: of the features that a tokenizer with text is given. ``image_size``: of an autoencoder's pictures; None is
+    what its config says.
     """
 
     weights: str = ""
@@ -43,6 +53,7 @@ class WeightsConfig:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     batch: tuple[int, ...] = (1,)
     text_tokens: int = 77
+    image_size: int | None = None
     rounds: int = 7
     threads: int | None = None
     device: str = "auto"
@@ -62,12 +73,12 @@ class WeightsConfig:
 class WeightsRow:
     """Wall seconds of one call.
 
-    ``ratio``: this median over the engine's in the same precision. ``error``: norm of the difference to the authors' form in
+    ``ratio``: this median over the engine's in the same precision. ``error``: norm of the difference to the peer's form in
     float32, over the norm.
     """
 
     call: str  # forward, encode, decode
-    form: str  # authors', engine
+    form: str  # authors' or diffusers, and engine
     precision: str
     batch: int
     wall: Spread
@@ -81,6 +92,7 @@ class WeightsResult:
 
     config: WeightsConfig
     what: str
+    forms: dict[str, str]  # name -> what it is
     rows: list[WeightsRow]
     skipped: list[str]
     device: str
@@ -113,47 +125,60 @@ class WeightsResult:
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             cells = (row.call, str(row.batch), row.precision, row.form, times, ratio, f"{row.error:.1e}")
             lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", *(f"- {name}: {what}" for name, what in self.forms.items())]
         if self.skipped:
             lines += ["", "Not measured:", "", *(f"- {line}" for line in self.skipped)]
         return "\n".join(lines) + "\n"
 
 
 Call = Callable[[], Tensor]
+Model = DiT | TexTok | nn.Module  # the last diffusers' AutoencoderKL
 
 
 def run_weights(config: WeightsConfig, command: str | None = None, progress: bool = True) -> WeightsResult:
     """Times the weights that ``config`` names. ``progress``: lines on stderr.
 
-    Raises: InputError for what :func:`textok_fast.interop.load` refuses, and for the SD-VAE, which has one form only.
+    Raises: InputError for what :func:`textok_fast.interop.load` refuses.
     """
     device, say = resolve_device(config.device), reporter(progress)
-    options = {} if config.heads is None else {"heads": config.heads}
-    found: Any = load(config.kind, config.weights, **options)
-    model = found if isinstance(found, (DiT, TexTok)) else getattr(found, "tokenizer", None)
-    if not isinstance(model, (DiT, TexTok)):
-        raise InputError("the SD-VAE runs as diffusers has it and has no other form: `bench speedup` times it in whole systems")
-    model = model.to(device).requires_grad_(False)
-    result = WeightsResult(config, _describe(model), [], [], str(device), 0, **provenance(command))
+    given = {"heads": config.heads, "image_size": config.image_size}
+    options = {name: value for name, value in given.items() if value is not None}
+    found, kind = load_and_tell(config.kind, config.weights, **options)
+    known = isinstance(found, (DiT, TexTok)) or is_autoencoder(found)
+    chosen: Any = found if known else found.tokenizer
+    model: Model = chosen.to(device).requires_grad_(False)
+    peer, about = _peer_form(kind)
+    forms = {peer: about, "engine": "textok_fast.inference"}
+    result = WeightsResult(config, _describe(model), forms, [], [], str(device), 0, **provenance(command))
     with use_threads(config.threads) as threads, torch.inference_mode():
         result.threads = threads
         for batch in config.batch:
             torch.manual_seed(config.seed)
             inputs = _inputs(model, batch, config.text_tokens, device)
-            wanted = {name: call().float() for name, call in _authors(model, inputs, torch.float32).items()}
+            wanted = {name: call().float() for name, call in _peer(peer, model, inputs, torch.float32).items()}
             for precision in config.precisions:
-                forms: dict[str, dict[str, Call]] = {}
+                calls: dict[str, dict[str, Call]] = {}
                 if precision in DTYPES:
-                    forms["authors'"] = _authors(model, inputs, DTYPES[precision])
+                    calls[peer] = _peer(peer, model, inputs, DTYPES[precision])
                 try:
                     plan = Plan.automatic(device, precision=cast(Any, precision), batch=batch)
-                    forms["engine"] = _engine(model, inputs, plan)
+                    calls["engine"] = _engine(model, inputs, plan)
                 except InputError as error:
                     result.skipped.append(f"engine, {precision}, batch {batch}: {error}")
+                if not calls:
+                    continue
                 for name in wanted:
-                    result.rows += _turns(name, precision, batch, forms, wanted[name], device, config.rounds)
-                    times = ", ".join(f"{row.form} {row.wall.median:.4g} s" for row in result.rows[-len(forms) :])
+                    result.rows += _turns(name, precision, batch, calls, wanted[name], device, config.rounds)
+                    times = ", ".join(f"{row.form} {row.wall.median:.4g} s" for row in result.rows[-len(calls) :])
                     say(f"{name}, {precision}, batch {batch}: {times}")
     return result
+
+
+def _peer_form(kind: str) -> tuple[str, str]:
+    """The name of the peer's form of weights of a kind, and what it is."""
+    if kind in DIFFUSERS and importlib.util.find_spec("diffusers") is not None:
+        return "diffusers", f"diffusers' own {DIFFUSERS[kind]}, eager PyTorch"
+    return "authors'", "the network operation by operation, scaled_dot_product_attention, eager PyTorch"
 
 
 def _turns(
@@ -180,20 +205,29 @@ def _turns(
     ]
 
 
-def _describe(model: DiT | TexTok) -> str:
+def _describe(model: Model) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config: Any = model.config
     if isinstance(model, DiT):
         what = f"DiT of width {config.width}, depth {config.depth}, over {config.sequence_length:,} tokens"
-    else:
+    elif isinstance(model, TexTok):
         what = f"Tokenizer of {config.image_size} px and {config.num_tokens} tokens of {config.latent_dim}"
+    else:
+        config = LatentTokenizer(model).config
+        side = config.image_size // config.factor
+        what = f"Autoencoder of {config.image_size} px and latents of {config.channels} x {side} x {side}"
     return f"{what}, {parameters:,} parameters"
 
 
-def _inputs(model: DiT | TexTok, batch: int, length: int, device: torch.device) -> dict[str, Any]:
+def _inputs(model: Model, batch: int, length: int, device: torch.device) -> dict[str, Any]:
     if isinstance(model, DiT):
         x, t, y = step_inputs(model.config, batch, device, torch.float32)
         return {"x": x, "t": t, "y": y}
+    if not isinstance(model, TexTok):
+        shape = LatentTokenizer(model).config
+        side = shape.image_size // shape.factor
+        pixels = torch.rand(batch, 3, shape.image_size, shape.image_size, device=device) * 2 - 1
+        return {"pixels": pixels, "latents": torch.randn(batch, shape.channels, side, side, device=device) / shape.scale}
     config = model.config
     text = None
     if config.text != "none":
@@ -207,22 +241,40 @@ def _inputs(model: DiT | TexTok, batch: int, length: int, device: torch.device) 
     return {"pictures": pictures, "tokens": tokens, "text": text}
 
 
-def _authors(model: DiT | TexTok, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Call]:
-    """The network operation by operation, attention by scaled_dot_product_attention, in eager PyTorch."""
-    copied: Any = copy.deepcopy(model).to(dtype)
-    if isinstance(model, DiT):
-        plain = model.config.qk_norm or model.config.text_dim
-        network: nn.Module = copied if plain else OriginalDiT(copied)
-        return {"forward": _in_pytorch(lambda: network(inputs["x"].to(dtype), inputs["t"], inputs["y"]))}
-    return _tokenizer_calls(copied, inputs, dtype, _in_pytorch)
+def _peer(form: str, model: Model, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Call]:
+    """The calls of the peer's form of this name in eager PyTorch."""
+    copied: Any = nn.Module.to(copy.deepcopy(model), dtype)  # diffusers' own `to` warns of what it does anyway
+    if not isinstance(model, (DiT, TexTok)):
+        return _autoencoder_calls(copied, inputs, dtype)
+    if isinstance(model, TexTok):
+        return _tokenizer_calls(copied, inputs, dtype, _in_pytorch)
+    x, t, y = inputs["x"].to(dtype), inputs["t"], inputs["y"]
+    if form == "diffusers":
+        theirs = to_diffusers_dit(copied)
+        return {"forward": lambda: theirs(x, t, y, return_dict=False)[0]}
+    plain = model.config.qk_norm or model.config.text_dim
+    network: nn.Module = copied if plain else OriginalDiT(copied)
+    return {"forward": _in_pytorch(lambda: network(x, t, y))}
 
 
-def _engine(model: DiT | TexTok, inputs: dict[str, Any], plan: Plan) -> dict[str, Call]:
-    engine: Any = Engine(cast(Any, model), plan)
+def _engine(model: Model, inputs: dict[str, Any], plan: Plan) -> dict[str, Call]:
+    if not isinstance(model, (DiT, TexTok)) and plan.precision not in DTYPES:
+        raise InputError(f"an autoencoder has no form in {plan.precision}: its engine would run in {PRECISION[plan.precision]}")
+    engine: Any = Engine(model, plan)
     if isinstance(model, DiT):
         x = inputs["x"].to(engine.dtype)
         return {"forward": lambda: engine(x, inputs["t"], inputs["y"])}
-    return _tokenizer_calls(engine, inputs, engine.dtype, lambda call: call)
+    if isinstance(model, TexTok):
+        return _tokenizer_calls(engine, inputs, engine.dtype, lambda call: call)
+    return _autoencoder_calls(engine, inputs, engine.dtype)
+
+
+def _autoencoder_calls(autoencoder: Any, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Call]:
+    pixels, latents = inputs["pixels"].to(dtype), inputs["latents"].to(dtype)
+    return {
+        "encode": lambda: autoencoder.encode(pixels).latent_dist.mode(),
+        "decode": lambda: autoencoder.decode(latents).sample,
+    }
 
 
 def _tokenizer_calls(

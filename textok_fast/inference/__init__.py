@@ -1,5 +1,6 @@
 """How trained models are run: engines that run one as a plan says, and pipelines from conditions to pictures."""
 
+from textok_fast.inference.autoencoder import AutoencoderEngine
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.generator import GeneratorEngine, SamplingRun
 from textok_fast.inference.memory import MemoryEstimate
@@ -17,6 +18,7 @@ from textok_fast.inference.stream import Decoded, Encoded, decode_stream, encode
 from textok_fast.inference.tokenizer import TokenizerEngine
 
 __all__ = [
+    "AutoencoderEngine",
     "ClassToImagePipeline",
     "Decoded",
     "Encoded",

@@ -11,6 +11,7 @@ import os
 import shutil
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -253,3 +254,45 @@ class Captured:
 
     def _refusal(self, reason: str) -> InputError:
         return InputError(f"{self._name} cannot be captured as a CUDA graph: {reason}. Use capture='none' in the plan")
+
+
+class CapturedByShape:
+    """``run``, a function of tensors that gives one, as CUDA graphs: one for each shape of its arguments that comes a second
+    time, of the latest few shapes. ``name``: as of :class:`Captured`."""
+
+    KEPT = 8
+
+    def __init__(self, run: Callable[..., Tensor], name: str) -> None:
+        self._run, self._name = run, name
+        self._graphs: OrderedDict[Any, Callable[..., Tensor] | None] = OrderedDict()
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        stream = torch.cuda.current_stream().cuda_stream  # a graph stays on one
+        key = (stream, *(None if each is None else (each.shape, each.dtype) for each in given))
+        seen = key in self._graphs
+        graph = self._graphs.pop(key, None)
+        if seen and graph is None:
+            graph = self._capture(given)
+        self._graphs[key] = graph
+        if len(self._graphs) > self.KEPT:
+            self._graphs.popitem(last=False)
+        return self._run(*given) if graph is None else graph(*given)
+
+    def _capture(self, given: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+        run = self._run
+        inputs = [None if each is None else each.clone(memory_format=torch.contiguous_format) for each in given]
+        out = torch.empty_like(run(*inputs))
+
+        def fill() -> None:
+            out.copy_(run(*inputs))
+
+        captured = Captured(fill, [out], True, self._name)
+
+        def replay(*given: Tensor | None) -> Tensor:
+            for place, each in zip(inputs, given, strict=True):
+                if place is not None and each is not None:
+                    place.copy_(each, non_blocking=True)
+            captured()
+            return out.clone()
+
+        return replay

@@ -36,11 +36,11 @@ from textok_fast.data.token_cache import (
 )
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_atomically, write_text
+from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
 from textok_fast.inference.plan import Plan
-from textok_fast.inference.tokenizer import TokenizerEngine
+from textok_fast.modeling.autoencoder import load_tokenizer, token_shape
 from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
-from textok_fast.modeling.tokenizer import TexTok
 
 PLAN_NAME = "plan.json"
 
@@ -62,6 +62,8 @@ def encode_folder(
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
     them, or a directory that holds .tar files and no pictures.
 
+    ``model``: a TexTok, or an autoencoder, whose latents (C, h, w) are then the tokens.
+
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
     picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ.
 
@@ -70,7 +72,7 @@ def encode_folder(
     """
     _require_at_least_one(batch_size=batch_size, shard_size=shard_size)
     plan = Plan() if plan is None else plan
-    tokenizer = TexTok.from_pretrained(model, device=plan.device)
+    tokenizer = load_tokenizer(model, plan.device)
     is_shards = _are_shards(images)
     if not is_shards and not Path(images).is_dir():
         raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
@@ -78,7 +80,7 @@ def encode_folder(
     dataset = load_dataset(config, "all")
     # The data are known by their content, however their folder is spelled today.
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
-    run = encode_function(cast(TexTok, TokenizerEngine(tokenizer, plan)))
+    run = encode_function(cast(Any, Engine(cast(Any, tokenizer), plan)))
     keep_plan = functools.cache(lambda: plan.save(out / PLAN_NAME))  # once `out` is known to be ours
 
     def encode(pictures: Tensor, captions: list[str]) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ def encode_folder(
     return {
         "out": str(out),
         "pictures": len(dataset),
-        "tokens": [tokenizer.config.num_tokens, tokenizer.config.latent_dim],
+        "tokens": list(token_shape(tokenizer)),
         "shards_reused": reused,
         "skipped": dataset.skipped,
     }
@@ -133,7 +135,7 @@ def decode_folder(
     if not tokens.is_dir():
         raise InputError(f"no directory {tokens}; wanted one that `textok-fast encode` wrote")
     plan = Plan() if plan is None else plan
-    tokenizer = TexTok.from_pretrained(model, device=plan.device)
+    tokenizer = load_tokenizer(model, plan.device)
     index = read_index(tokens)
     wanted = token_identity(tokenizer, {})["tokenizer"]
     if index.get("tokenizer") != wanted:
@@ -147,7 +149,7 @@ def decode_folder(
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
     made_of = {"tokenizer": wanted, "tokens": digest, "captions": with_captions, **_unless_fp32(plan)}
     _claim_pictures(out, made_of, new=len(missing) == len(keys))
-    engine = TokenizerEngine(tokenizer, plan)
+    engine: Any = Engine(cast(Any, tokenizer), plan)
     if missing:
         plan.save(out / PLAN_NAME)
     for start in range(0, len(missing), batch_size):
@@ -173,6 +175,7 @@ def sample_to_folder(
     sampler: str = "",
     guidance: float = 1.0,
     interval: tuple[float, float] | None = None,
+    guided_channels: int | None = None,
     plan: Plan | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
@@ -209,6 +212,7 @@ def sample_to_folder(
         "steps": steps,
         "guidance": guidance,
         "guidance_interval": None if interval is None else list(interval),
+        "guided_channels": guided_channels or pipeline.generator.config.guided_channels,
         "seed": seed,
         "precision": plan.precision,
         "step_cache": None if plan.step_cache is None else dataclasses.asdict(plan.step_cache),
@@ -222,7 +226,7 @@ def sample_to_folder(
         text = json.dumps({"model": model, **settings, "samples": listed}, indent=1, ensure_ascii=False)
         write_text(out / "samples.json", text + "\n")
 
-    options = SamplingOptions(sampler, steps, guidance, interval)
+    options = SamplingOptions(sampler, steps, guidance, interval, guided_channels=guided_channels)
     total = -(-(len(wanted) - before) // batch_size) * steps
     for number, start in enumerate(range(before, len(wanted), batch_size)):
         rows = range(start, min(start + batch_size, len(wanted)))
@@ -309,7 +313,7 @@ def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[st
         listed = list(found["samples"])
         if not listed:
             return [], []
-        found = {"precision": "fp32", **found}  # listings of earlier versions do not say so
+        found = {"precision": "fp32", "guided_channels": 0, **found}  # listings of earlier versions do not say so
         changed = [name for name, value in settings.items() if found.get(name) != value]
         tokens = load_file(out / "tokens.safetensors")["tokens"]
         count = next((i for i, item in enumerate(listed) if not (out / item["image"]).exists()), len(listed))

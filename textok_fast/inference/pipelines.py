@@ -18,7 +18,9 @@ from textok_fast.diffusion import NoiseSource, Objective, OnStep, build_process,
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.inference.engine import Engine
+from textok_fast.inference.generator import sample_shape
 from textok_fast.inference.plan import Plan
+from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer, load_tokenizer, token_shape
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures, same_length
 from textok_fast.modeling.tokenizer import TexTok
@@ -40,20 +42,22 @@ class GenerationOutput:
     """Pictures, the tokens they were decoded from, the caption each was decoded with and the seed it was drawn from."""
 
     images: Tensor  # uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1]
-    tokens: Tensor  # (B, N, d)
+    tokens: Tensor  # (B, N, d), or latents (B, C, h, w)
     captions: list[str]
     seeds: list[int]
 
 
 @dataclass
 class SamplingOptions:
-    """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow."""
+    """How a sample is drawn. ``guidance_interval`` is in the model's t: training steps, or [0, 1] for a flow.
+    ``guided_channels``: how many of a sample's first channels guidance changes; None is what the generator's config says."""
 
     sampler: str = ""  # of diffusion.SAMPLERS; empty: ddpm for Gaussian diffusion, euler for a flow
     steps: int = 50
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     eta: float = 0.0  # ddim
+    guided_channels: int | None = None
 
 
 class RunOptions(TypedDict, total=False):
@@ -74,6 +78,8 @@ class RunOptions(TypedDict, total=False):
 class GenerationPipeline:
     """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one.
 
+    The tokenizer is a TexTok for 1-D tokens, a :class:`LatentTokenizer` for a DiT over an autoencoder's 2-D latents.
+
     With a ``plan`` both run through engines (:func:`textok_fast.inference.Engine`), on the plan's device; without one as the
     modules they are.
     """
@@ -81,24 +87,25 @@ class GenerationPipeline:
     def __init__(
         self,
         generator: DiT,
-        tokenizer: TexTok,
+        tokenizer: TexTok | LatentTokenizer,
         objective: Objective = "gaussian",
         prediction: str = "epsilon",
         plan: Plan | None = None,
         schedule: str = "linear",
     ) -> None:
-        config, wanted = generator.config, (tokenizer.config.num_tokens, tokenizer.config.latent_dim)
-        if (config.num_tokens, config.in_channels) != wanted:
+        if sample_shape(generator) != token_shape(tokenizer):
             raise InputError(
-                f"the generator makes {config.num_tokens} tokens of {config.in_channels} channels, the tokenizer decodes "
-                f"{wanted[0]} of {wanted[1]}: they were not trained together"
+                f"the generator makes {_in_words(sample_shape(generator))}, the tokenizer decodes "
+                f"{_in_words(token_shape(tokenizer))}: they were not trained together"
             )
+        if generator.config.text_dim and isinstance(tokenizer, LatentTokenizer):
+            raise InputError("a generator from captions reads the features of its tokenizer's text encoder; this one has none")
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
-        self.process = build_process(objective, config.learn_sigma, prediction, schedule)
+        self.process = build_process(objective, generator.config.learn_sigma, prediction, schedule)
         self.objective, self.prediction, self.schedule = objective, prediction, schedule
         self.plan = plan
         self.decode_batch: int | None = None  # how many pictures are decoded at once; None: all
-        self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
+        self._engines: tuple[Any, Any] | None = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> GenerationPipeline:
         """Moves the models; InputError for what a plan says otherwise: where they run, and in which precision."""
@@ -115,7 +122,8 @@ class GenerationPipeline:
     @property
     def device(self) -> torch.device:
         """Where tokens and pictures are made."""
-        return self.tokenizer.device if self._engines is None else self._engines[0].device
+        found: torch.device = self.tokenizer.device if self._engines is None else self._engines[0].device
+        return found
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Writes what :func:`load_pipeline` reads, without the plan; returns the directory."""
@@ -133,6 +141,12 @@ class GenerationPipeline:
     def _about(self) -> dict[str, Any]:
         return {"label_names": [], "captions": {}}
 
+    def text_features(self, captions: list[str]) -> TextFeatures | None:
+        """What the generator reads of captions, one a sample; None for one that reads none."""
+        if not self.generator.config.text_dim or isinstance(self.tokenizer, LatentTokenizer):
+            return None
+        return self.tokenizer.text_features(captions, len(captions))
+
     def generate_tokens(
         self,
         labels: Tensor | None,
@@ -141,14 +155,16 @@ class GenerationPipeline:
         options: SamplingOptions,
         **run: Unpack[RunOptions],
     ) -> Tensor:
-        """Tokens (B, N, d) for B labels and captions. Sample i depends on seed i and its condition alone, not on its batch."""
+        """Tokens (B, N, d), or latents (B, C, h, w), for B labels and captions. Sample i depends on seed i and its condition
+        alone, not on its batch."""
         config, device = self.generator.config, self.tokenizer.device
         source = seeded_noise(seeds, device)
         noise, negative = run.get("noise"), self._negative_text(run.get("negative_prompts"), len(seeds))
         seen: dict[str, Any] = {"progress": run.get("progress"), "on_step": run.get("on_step")}
         if self._engines is not None:
             given: dict[str, Any] = {"labels": labels, "text": text, "negative_text": negative, "seeds": seeds, "noise": noise}
-            return self._engines[0].sample(self.process, **given, **dataclasses.asdict(options), **seen)
+            made: Tensor = self._engines[0].sample(self.process, **given, **dataclasses.asdict(options), **seen)
+            return made
         if negative is not None:
             text = TextFeatures(negative.features, torch.zeros_like(negative.mask)) if text is None else text
             text, negative = same_length(text, negative)
@@ -167,15 +183,16 @@ class GenerationPipeline:
             given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
             return self.generator(x, t, c.labels, given)
 
-        shape = (len(seeds), config.num_tokens, config.in_channels)
+        shape = (len(seeds), *sample_shape(self.generator))
         if noise is not None and tuple(noise.shape) != shape:
             raise InputError(f"noise must be {shape}, got {tuple(noise.shape)}")
-        noise = (source(0, shape) if noise is None else noise).to(device, self.tokenizer.dtype)  # (B, N, d)
+        noise = (source(0, shape) if noise is None else noise).to(device, self.tokenizer.dtype)  # (B, N, d) or (B, C, h, w)
+        channels = options.guided_channels or config.guided_channels or None
         sampler = options.sampler or ("euler" if self.objective == "flow" else "ddpm")
         extra: dict[str, Any] = {"eta": options.eta} if sampler == "ddim" else {}
         return sample(
             sampler,
-            guided(model, condition, null, options.guidance_scale, options.guidance_interval, config.guided_channels or None),
+            guided(model, condition, null, options.guidance_scale, options.guidance_interval, channels),
             noise,
             options.steps,
             self.process,
@@ -191,7 +208,7 @@ class GenerationPipeline:
             raise InputError("this generator reads no text: there is no negative prompt to lead it away from")
         if len(prompts) != count:
             raise InputError(f"got {len(prompts)} negative prompts for {count} samples")
-        return self.tokenizer.text_features(prompts, count)
+        return self.text_features(list(prompts))
 
     def _finish(
         self,
@@ -205,7 +222,7 @@ class GenerationPipeline:
     ) -> GenerationOutput:
         with torch.no_grad():
             tokens = self.generate_tokens(labels, text, seeds, options, **run)
-            decoder = self.tokenizer if self._engines is None else self._engines[1]
+            decoder: Any = self.tokenizer if self._engines is None else self._engines[1]
             size = self.decode_batch or len(seeds)
             parts = [slice(start, start + size) for start in range(0, len(seeds), size)]
             images = torch.cat([decoder.decode(tokens[part], captions[part], output=output) for part in parts])
@@ -232,7 +249,7 @@ class TextToImagePipeline(GenerationPipeline):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise InputError("give at least one prompt, each a non-empty string")
-        text = self.tokenizer.text_features(prompts, len(prompts)) if self.generator.config.text_dim else None
+        text = self.text_features(prompts)
         return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, run)
 
 
@@ -242,7 +259,7 @@ class ClassToImagePipeline(GenerationPipeline):
     def __init__(
         self,
         generator: DiT,
-        tokenizer: TexTok,
+        tokenizer: TexTok | LatentTokenizer,
         objective: Objective = "gaussian",
         label_names: Sequence[str] = (),
         captions: dict[int, list[str]] | None = None,
@@ -279,7 +296,7 @@ class ClassToImagePipeline(GenerationPipeline):
             chosen = list(captions)
             if len(chosen) != len(indices):
                 raise InputError(f"got {len(chosen)} captions for {len(indices)} labels")
-        text = self.tokenizer.text_features(chosen, len(chosen)) if self.generator.config.text_dim else None
+        text = self.text_features(chosen)
         return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, run)
 
     def _about(self) -> dict[str, Any]:
@@ -308,6 +325,13 @@ class ClassToImagePipeline(GenerationPipeline):
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index is None or one.index == other.index)
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    """Of one sample: (N, d), or (C, h, w)."""
+    if len(shape) == 2:
+        return f"{shape[0]} tokens of {shape[1]} channels"
+    return f"latents of {shape[0]} channels and {shape[1]} x {shape[2]}"
 
 
 def seeds_for(seed: int | Sequence[int], count: int) -> list[int]:
@@ -339,8 +363,8 @@ def seeded_noise(seeds: Sequence[int], device: str | torch.device) -> NoiseSourc
 def load_pipeline(
     directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
 ) -> TextToImagePipeline | ClassToImagePipeline:
-    """The pipeline that ``textok-fast train generator`` or ``interop.TexTokPipeline`` wrote: by class when the generator has
-    classes, else by caption.
+    """The pipeline that ``textok-fast train generator``, ``textok-fast convert`` or ``interop.TexTokPipeline`` wrote: by class
+    when the generator has classes, else by caption.
 
     With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
     the text encoder.
@@ -354,14 +378,17 @@ def load_pipeline(
         captions = {int(label): texts for label, texts in about["captions"].items()}
     except FileNotFoundError:
         raise InputError(
-            f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one"
+            f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one, and "
+            "`textok-fast convert --tokenizer`"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
     # Where diffusers' pipelines have them, else where ours do.
     folders = [theirs if (directory / theirs).is_dir() else ours for ours, theirs in FOLDERS.items()]
     generator = DiT.from_pretrained(directory / folders[0], device=device)
-    tokenizer = TexTok.from_pretrained(directory / folders[1], device=device)
+    tokenizer = load_tokenizer(directory / folders[1], device)
+    if isinstance(tokenizer, LatentTokenizer):
+        tokenizer = latent_tokenizer(tokenizer.vae, generator)
     if generator.config.num_classes:
         return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
     return TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)

@@ -13,8 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast import ops
-from textok_fast.inference.execution import Captured, compiled, own_modes
+from textok_fast.inference.execution import CapturedByShape, compiled, own_modes
 from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.precision import STREAM, SplitAttention, pack_linears, prepare, weight_bytes
@@ -447,7 +446,7 @@ class _Side(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self._run, self._room = run if plan.capture == "none" else _Graphs(run), room
+        self._run, self._room = run if plan.capture == "none" else CapturedByShape(run, "the tokenizer"), room
         self._fixed_lengths = plan.compile != "none" or plan.capture != "none"
         positions = network.vit.text.positions if network.vit.text is not None else None
         self._most = None if positions is None else len(positions)
@@ -468,47 +467,6 @@ class _Side(nn.Module):
             for start in range(0, max(len(x), 1), size)  # of no picture, one part of none
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class _Graphs:
-    """``run`` as CUDA graphs: one for each shape of its arguments that comes a second time, of the latest few shapes."""
-
-    KEPT = 8
-
-    def __init__(self, run: Callable[..., Tensor]) -> None:
-        self._run = run
-        self._graphs: OrderedDict[Any, Callable[..., Tensor] | None] = OrderedDict()
-
-    def __call__(self, *given: Tensor | None) -> Tensor:
-        stream = torch.cuda.current_stream().cuda_stream  # a graph stays on one
-        key = (stream, *(None if each is None else (each.shape, each.dtype) for each in given))
-        seen = key in self._graphs
-        graph = self._graphs.pop(key, None)
-        if seen and graph is None:
-            graph = self._capture(given)
-        self._graphs[key] = graph
-        if len(self._graphs) > self.KEPT:
-            self._graphs.popitem(last=False)
-        return self._run(*given) if graph is None else graph(*given)
-
-    def _capture(self, given: Sequence[Tensor | None]) -> Callable[..., Tensor]:
-        run = self._run
-        inputs = [None if each is None else each.clone(memory_format=torch.contiguous_format) for each in given]
-        out = torch.empty_like(run(*inputs))
-
-        def fill() -> None:
-            out.copy_(run(*inputs))
-
-        captured = Captured(fill, [out], True, "the tokenizer")
-
-        def replay(*given: Tensor | None) -> Tensor:
-            for place, each in zip(inputs, given, strict=True):
-                if place is not None and each is not None:
-                    place.copy_(each, non_blocking=True)
-            captured()
-            return out.clone()
-
-        return replay
 
 
 class _DecoderSide(_Side):

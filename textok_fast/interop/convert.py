@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from textok_fast.diffusion import build_process
+from textok_fast.diffusion import Objective
 from textok_fast.errors import InputError
-from textok_fast.files import write_text
 from textok_fast.interop.dit import load_diffusers_dit, load_dit
 from textok_fast.interop.softvq import ContinuousTokenizer, convert_softvq
 from textok_fast.interop.titok import TiTok, convert_titok
-from textok_fast.interop.weights import Source, Weights, from_hub, read_weights
+from textok_fast.interop.weights import PIPELINE_NAME, Source, Weights, locate, read_weights
+from textok_fast.modeling.autoencoder import SD_VAE, LatentTokenizer, build_autoencoder, is_autoencoder
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, load_state, read_config
 from textok_fast.modeling.tokenizer import TexTok
@@ -62,30 +61,20 @@ def _softvq(weights: Weights, **options: Any) -> nn.Module:
 
 # Older files of it name its attention's layers otherwise.
 _SD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_SD_VAE: dict[str, Any] = {  # of Stable Diffusion 1: f8, 4 channels
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "sample_size": 256,
-}
 
 
-def _sd_vae(weights: Weights) -> nn.Module:
+def _sd_vae(weights: Weights, image_size: int | None = None) -> nn.Module:
     """diffusers' AutoencoderKL itself: ``encode(x).latent_dist``, ``decode(z).sample``."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise InputError("the SD-VAE runs through diffusers: pip install 'textok-fast[bench]'") from None
     state = {}
     for name, value in weights.state.items():
         for old, new in _SD_VAE_NAMES.items():
             name = name.replace(old, new) if ".attentions." in name else name
         state[name] = value.flatten(1) if ".to_" in name and value.ndim == 4 else value  # once 1 x 1 convolutions
-    vae = AutoencoderKL.from_config(weights.config or _SD_VAE)
+    size = {} if image_size is None else {"sample_size": image_size}
+    vae = build_autoencoder({**(weights.config or SD_VAE), **size})
     load_state(vae, state, weights.source)
-    return vae.eval()
+    LatentTokenizer(vae)  # InputError for a size that it does not decode to
+    return vae
 
 
 KINDS: dict[str, Kind] = {
@@ -100,12 +89,14 @@ KINDS: dict[str, Kind] = {
     "sd-vae": Kind("Stable Diffusion's autoencoder f8, through diffusers", _sd_vae),
 }
 # The objective and the noise schedule that each was trained with as published.
-OBJECTIVES = {
+OBJECTIVES: dict[str, tuple[Objective, str]] = {
     "dit": ("gaussian", "linear"),
     "diffusers-dit": ("gaussian", "linear"),
     "dit-1d": ("gaussian", "cosine"),
     "sit-1d": ("flow", "linear"),
 }
+# In a pipeline: DiT's own code guides three of the latents' four channels.
+GUIDED_CHANNELS = {"dit": 3, "diffusers-dit": 3}
 
 
 def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
@@ -126,14 +117,20 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
         what it claims.
     """
-    if not isinstance(weights, Mapping) and not Path(weights).expanduser().exists():
-        weights = from_hub(str(weights))
+    return load_and_tell(kind, weights, **options)[0]
+
+
+def load_and_tell(kind: str | None, weights: Source, **options: Any) -> tuple[nn.Module, str]:
+    """:func:`load`, and which kind it was: of :data:`KINDS`, or "" for a directory in our own format."""
+    weights = weights if isinstance(weights, Mapping) else locate(weights)
     if (ours := _ours(weights)) is not None:
         if options:
             raise InputError(f"{weights} is in this library's format and knows its sizes: leave out {', '.join(options)}")
-        return ours
-    built, known = _built(kind, read_weights(weights), options)
-    return built if known.wrap is None else known.wrap(built)
+        return ours, ""
+    found = read_weights(weights)
+    name = guess_kind(found) if kind is None else kind
+    built, known = _built(name, found, options)
+    return built if known.wrap is None else known.wrap(built), name
 
 
 def _ours(source: Source) -> nn.Module | None:
@@ -204,15 +201,24 @@ def convert(
 ) -> dict[str, Any]:
     """Writes foreign weights in our own format, for ``from_pretrained``; returns what was found and where it lies.
 
+    ``weights`` may also be a directory of diffusers' DiTPipeline, or its Hub id: its VAE is then the tokenizer.
+
     Args:
         tokenizer: weights of the tokenizer whose tokens a generator makes: ``out`` is then a pipeline's directory, as
-            ``textok-fast sample`` and ``load_pipeline`` take it. ``tokenizer_options``: what its shapes do not tell.
+            ``textok-fast sample`` and ``load_pipeline`` take it, and guides as published (:data:`GUIDED_CHANNELS`). For a
+            DiT over 2-D latents an SD-VAE, for one over 1-D tokens their tokenizer. ``tokenizer_options``: what its shapes do
+            not tell.
         schedule: linear or cosine, by which a Gaussian generator's noise was added; None for the published one of its kind.
 
     The others, and errors, as :func:`load`.
     """
+    from textok_fast.inference.pipelines import ClassToImagePipeline
+
+    weights, tokenizer = _parts(weights, tokenizer)
     found = read_weights(weights)
     name = guess_kind(found) if kind is None else kind
+    if tokenizer is not None and name in GUIDED_CHANNELS:
+        options = {"guided_channels": GUIDED_CHANNELS[name], **options}
     model, known = _built(name, found, options)
     out = Path(out)
     report: dict[str, Any] = {"kind": name, "what": known.what, "out": str(out), "class": type(model).__name__}
@@ -220,21 +226,25 @@ def convert(
     if tokenizer is None:
         model.save_pretrained(out)  # type: ignore[operator]
         return report
-    if name not in OBJECTIVES:
+    if name not in OBJECTIVES or not isinstance(model, DiT):
         raise InputError(f"a tokenizer goes with a generator, and {found.source} is {known.what}")
     decoder, about = _built(None, read_weights(tokenizer), tokenizer_options or {})
-    if not isinstance(decoder, TexTok) or not isinstance(model, DiT):
-        raise InputError(f"a pipeline decodes with a tokenizer of 1-D tokens, got {about.what}")
-    made, read = (model.config.num_tokens, model.config.in_channels), (decoder.config.num_tokens, decoder.config.latent_dim)
-    if made != read:
-        raise InputError(
-            f"the generator makes {made[0]} tokens of {made[1]} channels, the tokenizer has {read[0]} of {read[1]}"
-        )
+    if is_autoencoder(decoder):
+        made = LatentTokenizer(decoder)
+        size = model.config.input_size * made.config.factor  # pictures of any size: the generator says of which
+        decoder = LatentTokenizer(decoder, size or None)
+    if not isinstance(decoder, (TexTok, LatentTokenizer)):
+        raise InputError(f"a pipeline decodes with a tokenizer, got {about.what}")
     objective, published = OBJECTIVES[name]
-    build_process(objective, model.config.learn_sigma, schedule=schedule or published)  # InputError for an unknown one
-    about_pipeline: dict[str, Any] = {"objective": objective, "prediction": "epsilon", "schedule": schedule or published}
-    about_pipeline |= {"label_names": [], "captions": {}}
-    model.save_pretrained(out / "generator")
-    decoder.save_pretrained(out / "tokenizer")
-    write_text(out / "pipeline.json", json.dumps(about_pipeline, indent=1) + "\n")
-    return {**report, "tokenizer": about.what}
+    ClassToImagePipeline(model, decoder, objective, schedule=schedule or published).save_pretrained(out)
+    return {**report, "tokenizer": about.what, "image_size": decoder.config.image_size}
+
+
+def _parts(weights: Source, tokenizer: Source | None) -> tuple[Source, Source | None]:
+    """Of a directory that diffusers' DiTPipeline saved its transformer and, unless another tokenizer is given, its VAE."""
+    if isinstance(weights, Mapping):
+        return weights, tokenizer
+    path = locate(weights)
+    if not (path / PIPELINE_NAME).is_file():
+        return path, tokenizer
+    return path / "transformer", path / "vae" if tokenizer is None else tokenizer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 try:
     import diffusers
-    from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+    from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -41,6 +41,7 @@ from textok_fast.inference.pipelines import (
     load_pipeline,
 )
 from textok_fast.inference.plan import Plan
+from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, HUB_OPTIONS, PretrainedMixin, locate
 from textok_fast.modeling.text_encoders import TextFeatures
@@ -367,7 +368,7 @@ class TexTokPipeline(DiffusionPipeline):
     """Generation behind diffusers' calls: ``pipe(prompt or class_labels, ...).images``.
 
     Args:
-        transformer, vae: the generator and the tokenizer whose tokens it makes.
+        transformer, vae: the generator and the tokenizer whose tokens it makes, or for latents diffusers' AutoencoderKL.
         scheduler: of diffusers; says what the generator was trained with, and by which method it samples unless the call says.
         label_names, captions: of a pipeline by class: what classes are called, and captions for its pictures' decoder.
         plan: how the engines run that both go through; None for the modules as they are.
@@ -378,7 +379,7 @@ class TexTokPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: TexTokTransformer,
-        vae: AutoencoderTexTok,
+        vae: AutoencoderTexTok | AutoencoderKL,
         scheduler: Any,
         label_names: Sequence[str] = (),
         captions: Mapping[Any, Sequence[str]] | None = None,
@@ -436,7 +437,7 @@ class TexTokPipeline(DiffusionPipeline):
     def _parts(pipeline: GenerationPipeline) -> dict[str, Any]:
         parts: dict[str, Any] = {
             "transformer": TexTokTransformer.from_textok(pipeline.generator),
-            "vae": AutoencoderTexTok.from_textok(pipeline.tokenizer),
+            "vae": _autoencoder(pipeline.tokenizer),
             "scheduler": _scheduler(pipeline),
         }
         if isinstance(pipeline, ClassToImagePipeline):
@@ -446,13 +447,13 @@ class TexTokPipeline(DiffusionPipeline):
     def _assemble(
         self, plan: Plan | None, transformer: Any, vae: Any, scheduler: Any
     ) -> TextToImagePipeline | ClassToImagePipeline:
-        for given, wanted in ((transformer, TexTokTransformer), (vae, AutoencoderTexTok)):
+        for given, wanted in ((transformer, (TexTokTransformer,)), (vae, (AutoencoderTexTok, AutoencoderKL))):
             if not isinstance(given, wanted):
-                raise InputError(
-                    f"wanted a {wanted.__name__}, got {type(given).__name__}; a plan is what compiles (plan=Plan())"
-                )
+                names = " or ".join(each.__name__ for each in wanted)
+                raise InputError(f"wanted a {names}, got {type(given).__name__}; a plan is what compiles (plan=Plan())")
         objective, prediction, schedule = _trained_with(scheduler)
-        models = (transformer.dit, vae.tokenizer, objective)
+        tokenizer = vae.tokenizer if isinstance(vae, AutoencoderTexTok) else latent_tokenizer(vae, transformer.dit)
+        models = (transformer.dit, tokenizer, objective)
         if not transformer.dit.config.num_classes:
             return TextToImagePipeline(*models, prediction, plan, schedule)
         captions = {int(label): list(texts) for label, texts in self.config.captions.items()}
@@ -555,8 +556,9 @@ class TexTokPipeline(DiffusionPipeline):
             guidance_scale: as in diffusers, 1 and less is no guidance.
             negative_prompt: one, or one for each prompt: what guidance leads away from, for a generator that reads text.
             generator: one, or one for each picture, from which seeds are drawn; None draws them from torch's.
-            latents: initial noise (B, N, d), standard normal, in place of what the seeds give.
-            output_type: "pil"; "np" (B, S, S, 3) float in [0, 1]; "pt" (B, 3, S, S) likewise; "latent" the tokens (B, N, d).
+            latents: initial noise, (B, N, d) or (B, C, h, w), standard normal, in place of what the seeds give.
+            output_type: "pil"; "np" (B, S, S, 3) float in [0, 1]; "pt" (B, 3, S, S) likewise; "latent" the tokens (B, N, d), or
+                latents (B, C, h, w).
             callback_on_step_end: ``(pipe, step, timestep, {"latents": (B, N, d)})`` after each evaluation; the timestep as
                 diffusers' schedulers count it, of a flow 1000 t. Latents that it returns in a mapping take the place of
                 those shown, which are copies. With a callback a plan captures each evaluation alone, not the loop.
@@ -637,6 +639,10 @@ class TexTokPipeline(DiffusionPipeline):
                 raise InputError(f"got {len(negatives)} negative prompts for {len(wanted)} pictures to make")
             run["negative_prompts"] = [each for each in negatives for _ in range(copies)]
         return [each for each in wanted for _ in range(copies)], run
+
+
+def _autoencoder(tokenizer: TexTok | LatentTokenizer) -> Any:
+    return tokenizer.vae if isinstance(tokenizer, LatentTokenizer) else AutoencoderTexTok.from_textok(tokenizer)
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:

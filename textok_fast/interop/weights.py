@@ -23,6 +23,7 @@ Source = str | Path | Mapping[str, Any]
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 NESTS = ("ema", "model_ema", "model", "state_dict", "module")  # under which training scripts keep the tensors, best first
+PIPELINE_NAME = "model_index.json"  # of diffusers' pipelines, whose parts lie in directories beside it
 WRAPPERS = ("module.", "_orig_mod.")  # before every name, of DataParallel and torch.compile
 
 
@@ -46,9 +47,9 @@ def read_weights(source: Source) -> Weights:
     """
     if isinstance(source, Mapping):
         return Weights(_tensors(source, "the given mapping"), {}, "the given state dict")
-    path = Path(source).expanduser()
-    if not path.exists():
-        path = from_hub(str(source))
+    path = locate(source)
+    if (path / PIPELINE_NAME).is_file():
+        raise InputError(f"{source} is a pipeline of diffusers: name one of its parts, such as {source}/transformer")
     file = _file_in(path) if path.is_dir() else path
     if file.suffix == ".safetensors":
         try:
@@ -60,6 +61,12 @@ def read_weights(source: Source) -> Weights:
     else:
         raise InputError(f"{file}: wanted a .safetensors file, or one of torch.save ({', '.join(PICKLES)})")
     return Weights(_tensors(found, str(file)), _config_beside(file), str(file))
+
+
+def locate(source: str | Path) -> Path:
+    """A file or directory as it is, a Hub id downloaded to the Hub's cache; InputError where there is none."""
+    path = Path(source).expanduser()
+    return path if path.exists() else from_hub(str(source))
 
 
 def _unpickled(file: Path) -> Any:
@@ -149,7 +156,8 @@ def from_hub(name: str) -> Path:
             with contextlib.suppress(EntryNotFoundError):  # not every file has one beside it
                 hf_hub_download(f"{owner}/{repository}", str(inside.parent / "config.json"))
             return file
-        wanted = [str(inside / pattern) for pattern in ("config.json", "*.safetensors", "*.bin")]
+        names = ("config.json", "*.safetensors", "*.bin", PIPELINE_NAME, "*/config.json")
+        wanted = [str(inside / pattern) for pattern in names]
         return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)) / inside
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.config import to_dict
+from textok_fast.modeling.autoencoder import LatentTokenizer
 from textok_fast.modeling.tokenizer import TexTok
 
 
-def encode_function(tokenizer: TexTok) -> Callable[[Tensor, list[str]], dict[str, Tensor]]:
-    """uint8 pictures and captions -> {tokens (B, N, d) float32, indices (B, N) for VQ and FSQ}."""
+def encode_function(tokenizer: TexTok | LatentTokenizer) -> Callable[[Tensor, list[str]], dict[str, Tensor]]:
+    """uint8 pictures and captions -> {tokens (B, N, d) or (B, C, h, w) float32, indices (B, N) for VQ and FSQ}."""
 
     def encode(images: Tensor, captions: list[str]) -> dict[str, Tensor]:
         tokens = tokenizer.encode(images, captions)
@@ -24,7 +25,7 @@ def encode_function(tokenizer: TexTok) -> Callable[[Tensor, list[str]], dict[str
     return encode
 
 
-def token_identity(tokenizer: TexTok, data: dict[str, Any]) -> dict[str, Any]:
+def token_identity(tokenizer: TexTok | LatentTokenizer, data: dict[str, Any]) -> dict[str, Any]:
     """What a directory of tokens records about its making: the tokenizer's weights by hash, its configuration, the data."""
     return {"tokenizer": fingerprint(tokenizer), "tokenizer_config": to_dict(tokenizer.config), "data": data}
 

@@ -63,7 +63,7 @@ class PretrainedMixin(nn.Module):
         """
         directory = locate(source, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **hub)
         values = read_config(directory, f"a saved {cls.__name__}")
-        kind = values.pop("model_type", None)
+        kind = values.pop("model_type", values.get("_class_name"))  # diffusers'
         values = {name: value for name, value in values.items() if not name.startswith("_")}
         if kind != cls.model_type:
             raise InputError(f"{directory} holds a model of type {kind!r}, wanted {cls.model_type!r} ({cls.__name__})")

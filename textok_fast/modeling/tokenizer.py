@@ -282,30 +282,7 @@ class TexTok(PretrainedMixin, nn.Module):
         return from_uint8(pixels).to(self.dtype) if pixels.dtype == torch.uint8 else pixels
 
     def _check_images(self, images: Images) -> Tensor:
-        """Pictures on the model's device: uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1] in its dtype."""
-        size = self.config.image_size
-        batch = as_image_tensor(images)
-        if batch.dtype == torch.uint8:
-            if batch.ndim != 4 or batch.shape[-1] != 3 or batch.shape[1:3] != (size, size):
-                raise InputError(
-                    f"uint8 images must have the shape (B, {size}, {size}, 3), got {tuple(batch.shape)}; "
-                    "resize or crop them to the model's image_size first"
-                )
-            pixels = batch.to(self.device)
-        elif batch.is_floating_point():
-            if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, size, size):
-                raise InputError(f"float images must have the shape (B, 3, {size}, {size}), got {tuple(batch.shape)}")
-            pixels = batch.to(self.device)
-            if len(pixels):
-                low, high = (float(value) for value in torch.aminmax(pixels.detach()))
-                if not (low >= -1.001 and high <= 1.001):  # NaN fails both
-                    raise InputError(f"float images must lie in [-1, 1] without NaN, got values from {low:.4g} to {high:.4g}")
-            pixels = pixels.to(self.dtype)
-        else:
-            raise InputError(f"images must be uint8 or float, got {batch.dtype}")
-        if not len(pixels):
-            raise InputError("got an empty batch of images")
-        return pixels
+        return check_images(images, self.config.image_size, self.device, self.dtype)
 
     def text_features(self, captions: Captions, batch: int) -> TextFeatures | None:
         """Any accepted form of captions -> features (B, N_t, D_t) with mask, or None for the null caption."""
@@ -418,6 +395,32 @@ def as_image_tensor(images: Images) -> Tensor:
                 f"images of one batch must have one size; item {index} is {picture.size}, the first is {pictures[0].size}"
             )
     return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))  # (B, H, W, 3)
+
+
+def check_images(images: Images, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pictures on a model's ``device``: uint8 (B, S, S, 3), or float (B, 3, S, S) in [-1, 1] in its ``dtype``."""
+    batch = as_image_tensor(images)
+    if batch.dtype == torch.uint8:
+        if batch.ndim != 4 or batch.shape[-1] != 3 or batch.shape[1:3] != (size, size):
+            raise InputError(
+                f"uint8 images must have the shape (B, {size}, {size}, 3), got {tuple(batch.shape)}; "
+                "resize or crop them to the model's image_size first"
+            )
+        pixels = batch.to(device)
+    elif batch.is_floating_point():
+        if batch.ndim != 4 or tuple(batch.shape[1:]) != (3, size, size):
+            raise InputError(f"float images must have the shape (B, 3, {size}, {size}), got {tuple(batch.shape)}")
+        pixels = batch.to(device)
+        if len(pixels):
+            low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+            if not (low >= -1.001 and high <= 1.001):  # NaN fails both
+                raise InputError(f"float images must lie in [-1, 1] without NaN, got values from {low:.4g} to {high:.4g}")
+        pixels = pixels.to(dtype)
+    else:
+        raise InputError(f"images must be uint8 or float, got {batch.dtype}")
+    if not len(pixels):
+        raise InputError("got an empty batch of images")
+    return pixels
 
 
 def from_uint8(images: Tensor) -> Tensor:
