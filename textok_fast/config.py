@@ -96,6 +96,7 @@ class TexTokConfig:
     pre_norm: bool = False  # a LayerNorm before the first block
     norm_eps: float = 1e-5  # of every LayerNorm
     rope: bool = False  # learned 2-D rotary positions of the patches, beside the others
+    modulated_decoder: bool = False  # its blocks scale and shift the latents' rows by the latents themselves, as MoVQ
     pixel_conv: bool = False  # a 3 x 3 convolution over the decoded picture
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
