@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +146,8 @@ def convert_titok(
         weight, bias, positions = (state[key] for key in _TEXT)
         taken |= {"decoder.text.proj.weight": weight, "decoder.text.proj.bias": bias, "decoder.text.positions": positions}
         taken["decoder.text.null"] = bias + positions[0]
-        options |= {"text_positions": True, "max_text_tokens": sizes["L"], "text_dim": sizes["T"], "text_encoder": text_encoder}
+        options |= {"text_positions": True, "text_window": True, "max_text_tokens": sizes["L"], "text_dim": sizes["T"]}
+        options["text_encoder"] = str(text_encoder)
     if has_codes:
         taken["bottleneck.codebook"] = state["quantize.embedding.weight"]
         options |= {"codebook_size": sizes["K"], "normalize_codes": normalize_codes}
@@ -226,11 +228,12 @@ class TiTok(nn.Module):
         return _fake_2d(out.latents), {**losses, "min_encoding_indices": out.indices.unsqueeze(1)}
 
     @torch.no_grad()
-    def decode(self, z_quantized: Tensor, text_guidance: Tensor | None = None) -> Tensor:
+    def decode(self, z_quantized: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
         """z_quantized (B, C, 1, N) -> pictures (B, 3, S, S), not clamped to [0, 1].
 
-        ``text_guidance`` (B, N_t, D_t): CLIP's token features, as TA-TiTok takes them: all of them count, padding too.
-        Raises: InputError for another shape, and where text is lacking or unwanted.
+        ``text_guidance``: CLIP's token features (B, N_t, D_t), as TA-TiTok takes them: all of them count, padding too. Or
+        captions, whose features the tokenizer's text encoder makes so.
+        Raises: InputError for another shape, and where text is lacking or unwanted, and for captions without a text encoder.
         """
         core, config = _core(self.tokenizer), self.tokenizer.config
         wanted = (config.latent_dim, 1, config.num_tokens)
@@ -239,7 +242,9 @@ class TiTok(nn.Module):
         text: TextFeatures | None = None
         if config.text_in_decoder:
             if text_guidance is None:
-                raise InputError(f"this tokenizer decodes with text: give text_guidance (B, N_t, {config.text_dim})")
+                raise InputError(
+                    f"this tokenizer decodes with text: give text_guidance (B, N_t, {config.text_dim}) or captions"
+                )
             text = core.text_features(text_guidance, len(z_quantized))
         elif text_guidance is not None:
             raise InputError("this tokenizer has no text: leave text_guidance out")
@@ -248,7 +253,7 @@ class TiTok(nn.Module):
             return (core.decoder(latents, text) + 1) / 2
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | None = None) -> Tensor:
+    def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
         """Indices (B, 1, N) or (B, N) int64, for KL latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
         core, config = _core(self.tokenizer), self.tokenizer.config
         if self.quantize_mode == "vae":
@@ -259,7 +264,9 @@ class TiTok(nn.Module):
             raise InputError(f"tokens must be integers (B, 1, {config.num_tokens}), got {tokens.dtype} {tuple(tokens.shape)}")
         return self.decode(_fake_2d(core.bottleneck.latents_from_indices(indices.to(self.tokenizer.device))), text_guidance)
 
-    def forward(self, x: Tensor, text_guidance: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
+    def forward(
+        self, x: Tensor, text_guidance: Tensor | Sequence[str] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
         """:meth:`encode`, then :meth:`decode`."""
         z, found = self.encode(x)
         return self.decode(z, text_guidance), found

@@ -364,6 +364,7 @@ class TexTok(PretrainedMixin, nn.Module):
                 self.config.text_encoder,
                 max_tokens=self.config.max_text_tokens,
                 split=self.config.text_split,
+                window=self.config.text_window,
                 device=self.device,
             )
         return self._text_encoder[0]
