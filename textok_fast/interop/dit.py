@@ -92,7 +92,7 @@ def load_dit(
         state[key] = state[key].unflatten(0, (p, p, outputs)).movedim(2, 0)[:keep].flatten(0, 2)
     config = DiTConfig(
         width=width,
-        heads=published_heads(width, heads, PUBLISHED_HEADS, sizes.get("H")),
+        heads=published_heads(width, heads, head_dim=sizes.get("H")),
         depth=depth,
         mlp_ratio=mlp_ratio(sizes["M"], width),
         num_classes=sizes["K"] - 1,
@@ -116,13 +116,14 @@ def _built(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
     return model.eval()
 
 
-def published_heads(width: int, heads: int | None, published: Mapping[int, int], head_dim: int | None = None) -> int:
-    """``heads``; for None what heads of ``head_dim`` channels make, or what the published model of this width has.
+def published_heads(width: int, heads: int | None, others: Mapping[int, int] | None = None, head_dim: int | None = None) -> int:
+    """``heads``; for None what heads of ``head_dim`` channels make, or what the published model of this width has, one of
+    ``others`` before a DiT.
 
     Raises: InputError where there is none, or it does not divide the width or contradicts ``head_dim``.
     """
     if heads is None:
-        heads = width // head_dim if head_dim else published.get(width)
+        heads = width // head_dim if head_dim else {**PUBLISHED_HEADS, **(others or {})}.get(width)
     if heads is None:
         raise InputError(f"no published model has width {width}: give heads=...")
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:

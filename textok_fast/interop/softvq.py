@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.errors import InputError
-from textok_fast.interop.dit import PUBLISHED_HEADS, published_heads
+from textok_fast.interop.dit import published_heads
 from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
 from textok_fast.interop.vit import config_of, load_texttok, pixel_rows
 from textok_fast.modeling.tokenizer import TexTok
 
-_PUBLISHED = {**PUBLISHED_HEADS, 192: 3, 1536: 24}  # of DINOv2's sizes
+_PUBLISHED = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}  # of DINOv2's sizes
 # What training keeps beside the tokenizer: auxiliary decoders, the encoder they imitate, masks, heads that are never called.
 TRAINING_ONLY = (
     *("repa_model.", "projection.", "decoder_hog.", "decoder_dino.", "decoder_clip.", "decoder_supcls.", "post_quant_conv_"),

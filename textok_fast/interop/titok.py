@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.errors import InputError
-from textok_fast.interop.dit import PUBLISHED_HEADS, published_heads
+from textok_fast.interop.dit import published_heads
 from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
 from textok_fast.interop.vit import config_of, load_texttok, pixel_rows
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
 
 CLIP = "openai/clip-vit-large-patch14-336"  # whose token features TA-TiTok reads
-_PUBLISHED = {**PUBLISHED_HEADS, 512: 8}  # attention heads by width
+_PUBLISHED = {512: 8}  # attention heads; the other widths have those of DiT
 # Theirs -> ours, in a block.
 _BLOCK = {
     "ln_1": "norm1",
@@ -50,10 +50,11 @@ def convert_titok(
 
     Raises: InputError naming a missing, unexpected or misshapen key, and for a two-stage TiTok, which decodes through a VQGAN.
     """
-    if "decoder.ffn.2.weight" in state or any(key.startswith("pixel_decoder.") for key in state):
+    second = next((key for key in state if key == "decoder.ffn.2.weight" or key.startswith("pixel_decoder.")), None)
+    if second is not None:
         raise InputError(
-            "this is a two-stage TiTok, whose decoder makes codes of a MaskGIT-VQGAN: only single-stage ones are taken, such "
-            "as tokenizer_titok_bl64_vq8k_imagenet and all of TA-TiTok"
+            f"this is a two-stage TiTok, whose decoder makes codes of a MaskGIT-VQGAN (it has {second}): only single-stage "
+            "ones are taken, such as tokenizer_titok_bl64_vq8k_imagenet and all of TA-TiTok"
         )
     state = {key: value for key, value in state.items() if key != "quantize.embed_prob"}  # how often training used a code
     has_text, has_codes = holds(state, _TEXT), "quantize.embedding.weight" in state
