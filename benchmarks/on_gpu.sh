@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A GPU session in one call: builds the native library, runs the gpu-marked tests, compiles every kernel ahead of time, runs the
 # benchmarks. A part that fails or runs out of time does not stop the next. Under $OUT: results.json with all that was measured,
-# table.md, log.txt with what each part printed, and a folder for each part of `textok-fast bench`. Needs a Python with a CUDA torch of 2.11 or later; nothing is downloaded.
+# table.md, log.txt with what each part printed, and a folder for each part of `textok-fast bench`. Needs a Python with a CUDA
+# torch of 2.11 or later; nothing is downloaded.
 #
 #   bash benchmarks/on_gpu.sh                                                everything, each part within its own limit
 #   LIMIT=580 PARTS="build info report tests" bash benchmarks/on_gpu.sh      where a call may take no longer than LIMIT seconds
 #   LIMIT=580 PARTS="build ops attention dit" bash benchmarks/on_gpu.sh
 #   LIMIT=580 PARTS="build linear fp8 steps" bash benchmarks/on_gpu.sh
+#   LIMIT=240 PARTS="build quick profile tests" bash benchmarks/on_gpu.sh    a first look, in four minutes
 #   LIMIT=580 PARTS="build speedup" bash benchmarks/on_gpu.sh                whole systems: the reference form and the engine
 #   LIMIT=580 PARTS="build compile" bash benchmarks/on_gpu.sh                the same with torch.compile beside them, fewer
 #   LIMIT=580 PARTS="build fp8-speedup parity profile peers" bash benchmarks/on_gpu.sh
@@ -14,8 +16,8 @@
 #
 # Environment: OUT (default benchmarks/results/local), PYTHON, PARTS, LIMIT (seconds for the whole call), ROUNDS, SMOKE=1 (tiny
 # shapes, to see that it runs), ARCHITECTURES (CMake's list for the CUDA part; default the present GPU's, "all" for the release's),
-# WHEELS (a folder of wheels that the machine lacks, default .whl), JOBS (processes for tests and compilation), COMMIT (of a tree
-# without .git).
+# WHEELS (a folder of wheels that the machine lacks, default .whl), SITE (one of unpacked packages, default .site), JOBS (processes
+# for tests and compilation), TESTS (pytest's -k), BATCH and SYSTEMS (of `speedup`), COMMIT (of a tree without .git).
 set -uo pipefail
 shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -26,6 +28,7 @@ PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedu
 LIMIT=${LIMIT:-86400}
 ROUNDS=${ROUNDS:-15}
 WHEELS=${WHEELS:-.whl}
+SITE=${SITE:-.site}
 JOBS=${JOBS:-$(($(nproc) < 8 ? $(nproc) : 8))}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
@@ -39,6 +42,7 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$WHEELS"/*.whl
   export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+[ -d "$SITE" ] && export PYTHONPATH="$(cd "$SITE" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the tree itself: nothing has to be installed
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
@@ -136,13 +140,20 @@ for wanted in $PARTS; do
     info) part info 60 "$PYTHON" -m textok_fast info ;;
     report) part report 300 "$PYTHON" -m textok_fast.ops.report --json "$work/report.json" --jobs "$JOBS" --cuda \
       --arch "$(on_cuda && echo present || echo sm_90)" ;;
-    tests) part tests 500 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests $(has xdist && echo "-n $JOBS") ;;
+    tests)
+      part tests 500 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rf --durations 12 tests ${TESTS:+-k "$TESTS"} \
+        $(has xdist && echo "-n $JOBS") $(has pytest_timeout && echo "--timeout 120")
+      ;;
     ops) benchmark ops 500 benchmarks/test_ops.py "not attention and not linear" ;;
     attention) benchmark attention 300 benchmarks/test_ops.py short_attention ;;
     linear) benchmark linear 200 benchmarks/test_ops.py linear_gelu ;;
     fp8) benchmark fp8 400 benchmarks/test_ops.py fp8_linear ;;
     dit) benchmark dit 300 benchmarks/test_dit_step.py operations ;;
     autotune) benchmark autotune 7200 benchmarks/test_ops.py "not attention and not backward" --max-autotune ;;
+    choices) # one file of its own: no table has its rows
+      part choices 300 "$PYTHON" benchmarks/step_choices.py --size "$size" --device "$device" --out "$OUT/choices.json" \
+        --batch ${BATCH:-1 8 64} --precision $([ "$device" = cuda ] && echo bf16 fp8 || echo bf16)
+      ;;
     steps)
       if [ -n "${SMOKE:-}" ]; then
         steps fp32 60 5 --size tiny --tokens 32 64 --batch 1
@@ -151,7 +162,11 @@ for wanted in $PARTS; do
         steps fp32 300 150 --size XL --tokens 32 1024 4096 --batch 1 8
       fi
       ;;
-    speedup) speedup speedup 570 --forms reference engine --dtype bf16 --batch 1 4 8 64 256 --full ;;
+    quick) speedup quick 150 --systems TexTok-32 DiT/1 --forms reference engine --dtype bf16 --batch 1 --no-compile-parts --full ;;
+    speedup)
+      speedup speedup 570 --forms reference engine --dtype bf16 --batch ${BATCH:-1 4 8 64 256} --no-compile-parts --full \
+        ${SYSTEMS:+--systems $SYSTEMS}
+      ;;
     compile) speedup compile 570 --systems TexTok-32 DiT/2 DiT/1 --dtype bf16 --batch 1 8 ;;
     fp8-speedup) speedup fp8-speedup 300 --forms engine --dtype "$([ "$device" = cuda ] && echo fp8 || echo int8)" ;;
     parity) study parity 240 "size=$size" ;;

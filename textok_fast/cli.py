@@ -230,6 +230,11 @@ def build_parser() -> argparse.ArgumentParser:
     speedup.add_argument("--steps", type=int, default=250)
     speedup.add_argument("--full", action="store_true", help="also time whole pictures, none of it scaled")
     speedup.add_argument(
+        "--no-compile-parts",
+        action="store_true",
+        help="on a GPU: capture the engine form's text encoder and SD-VAE instead of compiling them, which takes minutes",
+    )
+    speedup.add_argument(
         "--rounds", type=int, default=5, help="rounds over all systems and forms, at most (default: %(default)s)"
     )
     speedup.add_argument(
@@ -490,6 +495,7 @@ def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
         min_rounds=min(args.rounds, SpeedupConfig.min_rounds),
         time_budget_s=args.time_budget,
         full=args.full,
+        compile_parts=not args.no_compile_parts,
         text_encoder=args.text_encoder,
         threads=args.threads,
         device=args.device,

@@ -16,6 +16,7 @@ from textok_fast.diffusion import (
     FlowMatching,
     GaussianDiffusion,
     SamplerProgram,
+    StopSampling,
     guided,
     run_program,
     sample,
@@ -283,3 +284,38 @@ def test_a_source_is_asked_for_the_draw_of_each_evaluation(name: str) -> None:
     assert torch.equal(found, again)
     with pytest.raises(InputError, match=r"the noise source gave \(3,\), wanted \(2, 5, 4\)"):
         sample(name, lambda x, t: x, noise, 4, diffusion, lambda draw, shape: torch.zeros(3), **extra)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_steps_can_be_seen_changed_and_ended(sampler: str) -> None:
+    learned = SAMPLERS[sampler] == "gaussian"
+    diffusion: Any = GaussianDiffusion() if learned else FlowMatching()
+    model = sampler_model(FakeModel(learned), 2.0, None, None, torch.float64)
+    noise = torch.randn(SHAPES[0], dtype=torch.float64)
+    options: dict[str, Any] = {"diffusion": diffusion, "step_noise": torch.randn(7, *SHAPES[0], dtype=torch.float64)}
+    if sampler in ("euler", "heun"):
+        del options["step_noise"]
+    program = sampler_program(diffusion, sampler, steps=4)
+    if "step_noise" in options:
+        options["step_noise"] = options["step_noise"][: program.evaluations]
+    seen: list[tuple[int, float, Tensor]] = []
+    wanted = sample(sampler, model, noise, 4, **options)
+    found = sample(sampler, model, noise, 4, on_step=lambda *at: seen.append(at), **options)
+    torch.testing.assert_close(found, wanted)
+    assert [index for index, *_ in seen] == list(range(program.evaluations))
+    assert [time for _, time, _ in seen] == program.times.tolist() and torch.equal(seen[-1][2], found)
+
+    def add_in_the_end(index: int, time: float, x: Tensor) -> Tensor | None:
+        return x + 1 if index == program.evaluations - 1 else None
+
+    torch.testing.assert_close(sample(sampler, model, noise, 4, on_step=add_in_the_end, **options), wanted + 1)
+    far = sample(sampler, model, noise, 4, on_step=lambda index, time, x: x + 1 if index == 0 else x, **options)
+    assert (far - wanted).abs().max() > 1e-3
+
+    def stop(index: int, time: float, x: Tensor) -> None:
+        if index == 1:
+            raise StopSampling(x)
+
+    torch.testing.assert_close(sample(sampler, model, noise, 4, on_step=stop, **options), seen[1][2])
+    with pytest.raises(InputError, match="what on_step returned has shape"):
+        sample(sampler, model, noise, 4, on_step=lambda index, time, x: x[:1], **options)

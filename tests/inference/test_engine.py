@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, ops
-from textok_fast.diffusion import SAMPLERS, build_process, guided, sample
+from textok_fast.diffusion import SAMPLERS, StopSampling, build_process, guided, sample
 from textok_fast.inference import (
     ClassToImagePipeline,
     Engine,
@@ -795,10 +795,79 @@ def test_a_pipeline_with_a_plan_makes_the_same_pictures(make_tokenizer: Callable
     assert found.captions == wanted.captions
     torch.testing.assert_close(found.tokens, wanted.tokens, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found.images, wanted.images, atol=1e-4, rtol=1e-4)
+    assert fast.to("cpu") is fast
     with pytest.raises(InputError, match="plan runs it on cpu"):
-        fast.to("cpu")
+        fast.to("meta")
+    with pytest.raises(InputError, match="precision is its plan's, fp32"):
+        fast.to(dtype=torch.bfloat16)
     with pytest.raises(InputError, match="a seed is"):
         fast(1, seed=-1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_negative_text_takes_the_null_captions_place(sampler: str) -> None:
+    """Against a model whose null caption is that one; also in parts, and where the conditional half has no caption."""
+    model, process, given = make("text"), build_process("gaussian", True), conditions("text", 3)
+    torch.manual_seed(3)
+    negative = TextFeatures(torch.randn(3, 7, 8), torch.arange(7) < torch.tensor([[7], [2], [4]]))  # longer than the captions
+    keys = torch.tensor(SEEDS)
+
+    def source(draw: int, shape: Sequence[int]) -> Tensor:
+        return ops.seeded_normal(keys, torch.tensor([draw]), shape[1:])
+
+    for text in (given["text"], None):
+
+        def both(x: Tensor, t: Tensor, text: TextFeatures | None = text) -> Tensor:
+            c, u = model(x, t, text=text), model(x, t, text=negative)
+            return torch.cat([u[..., :4] + 2.5 * (c - u)[..., :4], c[..., 4:]], dim=-1)
+
+        with torch.no_grad():
+            wanted = sample(sampler, both, source(0, (3, 3, 4)), 4, process, generator=source)
+        options: dict[str, Any] = {"seeds": SEEDS, "sampler": sampler, "steps": 4, "guidance_scale": 2.5}
+        engine = Engine(model, Plan())
+        found = engine.sample(process, text=text, negative_text=negative, **options)
+        assert relative(found, wanted) < 1e-5
+        assert relative(engine.sample(process, text=text, **options), wanted) > 1e-3
+        two = (engine.memory(2, 4, text_tokens=7).total + engine.memory(3, 4, text_tokens=7).total) // 2
+        split = Engine(model, Plan(split=True, memory_limit=two)).start(process, text=text, negative_text=negative, **options)
+        assert split.total == 8 and relative(split.finish(), wanted) < 1e-5
+    with pytest.raises(InputError, match="no text conditioning"):
+        Engine(make(), Plan()).sample(process, seeds=SEEDS, negative_text=negative)
+
+
+CAPTURES = ["none", pytest.param("step", marks=pytest.mark.gpu), pytest.param("loop", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_latents_of_a_run(capture: Any) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and capture != "none":
+        pytest.skip("captures on a CUDA device only")
+    process = build_process("gaussian", True)
+    engine = Engine(make(), Plan(device=device, capture=capture))
+    options: dict[str, Any] = {"labels": torch.tensor([1, 4, 1]), "seeds": SEEDS, "sampler": "dpmpp_2m", "steps": 4}
+    wanted, seen = engine.sample(process, **options), []
+    found = engine.sample(process, on_step=lambda *at: seen.append(at), **options)
+    assert relative(found, wanted) < 1e-5 and [index for index, *_ in seen] == [0, 1, 2, 3]
+    assert [time for _, time, _ in seen] == engine.start(process, **options).times and torch.equal(seen[-1][2], found)
+    run = engine.start(process, **options)
+    run.advance()
+    kept = run.latents
+    run.advance()
+    run.advance()
+    assert torch.equal(kept, seen[0][2]) and not torch.equal(kept, run.latents)
+    run.advance()
+    run.latents = run.latents + 1
+    torch.testing.assert_close(run.result(), found + 1)
+
+    def stop(index: int, time: float, x: Tensor) -> None:
+        if index == 2:
+            raise StopSampling(2 * x)
+
+    assert torch.equal(engine.sample(process, on_step=stop, **options), 2 * seen[2][2])
+    assert torch.equal(engine.sample(process, **options), wanted)  # the run that was left has left nothing
+    with pytest.raises(InputError, match=r"latents must be \(3, 3, 4\), got \(1,\)"):
+        run.latents = torch.zeros(1)
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------

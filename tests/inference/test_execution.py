@@ -105,7 +105,8 @@ class Device:
         self.stream: Any = SimpleNamespace(name="own", cuda_stream=7)
         self.log: list[str] = []
         self.recording: list[Callable[[], None]] | None = None
-        self.breaks_when_ending = False
+        self.breaks_when_ending = False  # the next capture
+        self.generator_captures = False
         self.generator = torch.zeros(1)
         self.streams = self.pools = 0
         self.underway: list[tuple[int, int]] = []  # pools that a capture allocates from
@@ -136,8 +137,10 @@ class Device:
         return (0, self.pools)
 
     @contextmanager
-    def capture(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-        """As torch.cuda.graph: where ending the capture fails, the stream is not set back and another error is raised."""
+    def capture(self, graph: Any, *, stream: Any, capture_error_mode: str, pool: Any = None) -> Iterator[None]:
+        """As torch.cuda.graph: where ending the capture fails, the stream is not set back, the generator is not told, and
+        another error is raised."""
+        pool = pool or self.make_pool()
         assert capture_error_mode == "thread_local" and not gc.isenabled()
         if pool in self.underway:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
@@ -145,14 +148,17 @@ class Device:
         before, self.stream, self.recording = self.stream, stream, graph.work
         graph.made_in = (pool, stream.name)
         self.log.append("capture")
+        self.generator_captures = True
         try:
             yield
         finally:
             self.recording = None
             if self.breaks_when_ending:
+                self.breaks_when_ending = False
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
             self.stream = before
             self.underway.remove(pool)
+            self.generator_captures = False
 
     def end_allocating(self, device: int, pool: Any) -> None:
         if pool not in self.underway:
@@ -294,7 +300,8 @@ def test_after_a_capture_that_cannot_end_others_are_made(device: Device) -> None
     first = make(False)  # which keeps the pool alive
     with pytest.raises(InputError, match="not permitted"):
         make(True)
-    assert device.underway == [] and device.log[-3:] == ["end allocating", "release", "clear workspaces"]
+    assert device.underway == [] and not device.generator_captures
+    assert device.log[-4:] == ["end allocating", "release", "capture", "clear workspaces"]
     second = make(False)
     assert first._pool is not second._pool and len(execution._pools) == 1
     first()
@@ -347,6 +354,7 @@ def test_what_cannot_be_captured_is_named_and_nothing_changes(device: Device, en
     )
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert cell.value == 5 and device.stream.name == "own" and gc.isenabled() and not captured.captured
+    assert not device.generator_captures
 
 
 def test_an_error_of_the_function_itself_is_its_own(device: Device) -> None:

@@ -226,3 +226,28 @@ def test_directories_that_hold_no_pipeline_are_refused(tmp_path: Path, text: str
         (tmp_path / "pipeline.json").write_text(text)
     with pytest.raises(InputError, match=message):
         load_pipeline(tmp_path)
+
+
+def test_noise_negative_prompts_and_pictures_at_once(by_text: TextToImagePipeline, by_class: ClassToImagePipeline) -> None:
+    noise = torch.randn(3, 3, 4)
+    options = SamplingOptions(steps=1, guidance_scale=3.0)
+    made = by_text(PROMPTS, options=options, noise=noise, negative_prompts=["no", "nothing at all in it or on it", ""])
+    with torch.no_grad():
+        for index, negative in enumerate(["no", "nothing at all in it or on it", None]):
+            c, u = (
+                by_text.generator(noise[index : index + 1], torch.ones(1), text=by_text.tokenizer.text_features([text], 1))
+                for text in (PROMPTS[index], negative)
+            )
+            wanted = noise[index] - (u + 3 * (c - u))[0]  # one Euler step from 1 to 0
+            torch.testing.assert_close(made.tokens[index], wanted, atol=2e-5, rtol=2e-5)
+    plain = by_text(PROMPTS, options=options, noise=noise, output="float")
+    assert torch.equal(plain.tokens, by_text(PROMPTS, seed=9, options=options, noise=noise).tokens)  # Euler draws nothing else
+    by_text.decode_batch = 2
+    torch.testing.assert_close(by_text(PROMPTS, options=options, noise=noise, output="float").images, plain.images)
+    for pipeline, given, extra, message in (
+        (by_text, PROMPTS, {"noise": noise[:1]}, r"noise must be \(3, 3, 4\)"),
+        (by_text, PROMPTS, {"negative_prompts": ["x"]}, "got 1 negative prompts for 3"),
+        (by_class, [0], {"negative_prompts": ["x"]}, "reads no text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(given, options=STEPS, **extra)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, interop
-from textok_fast.inference import ClassToImagePipeline, Plan, SamplingOptions, TextToImagePipeline, load_pipeline
+from textok_fast.inference import ClassToImagePipeline, Engine, Plan, SamplingOptions, TextToImagePipeline, load_pipeline
 from textok_fast.interop import TexTokImageProcessor, model_card, push_to_hub
 
 Make = Callable[..., TexTok]
@@ -49,7 +49,7 @@ def test_the_autoencoder_is_the_tokenizer(
     assert torch.equal(one, other) is (bottleneck != "kl")
     if bottleneck == "kl":
         torch.testing.assert_close(one, wanted.sample(torch.Generator().manual_seed(1)))
-    torch.testing.assert_close(vae.decode(wanted.mode(), captions).sample, model.decode(wanted.mode(), captions))
+    torch.testing.assert_close(vae.decode(wanted.mode(), captions).sample.clamp(-1, 1), model.decode(wanted.mode(), captions))
     torch.testing.assert_close(vae(x, captions).sample, vae.decode(posterior.mode(), captions, return_dict=False)[0])
     assert vae.config.scaling_factor == 1.0 and vae.dtype == torch.float32 and vae.device.type == "cpu"
 
@@ -119,19 +119,21 @@ def by_caption(make_tokenizer: Make, plan: Plan | None = None) -> TextToImagePip
 @pytest.mark.parametrize("plan", [None, Plan()])
 def test_the_pipeline_from_captions(diffusers_interface: Any, make_tokenizer: Make, plan: Plan | None) -> None:
     inner = by_caption(make_tokenizer, plan)
-    pipe = diffusers_interface.TexTokPipeline(inner)
+    pipe = diffusers_interface.TexTokPipeline.from_textok(inner)
     pipe.set_progress_bar_config(disable=True)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, float]] = []
 
-    def look(given: Any, step: int, total: int, values: dict[str, Any]) -> dict[str, Any]:
-        assert given is pipe
-        seen.append((step, total))
+    def look(given: Any, step: int, timestep: torch.Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        assert given is pipe and given.num_timesteps == 3 and given.guidance_scale == 2.0
+        seen.append((step, round(float(timestep), 3)))
         return values
 
     options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
     made = pipe(["a b", "c"], generator=torch.Generator().manual_seed(0), callback_on_step_end=look, **options).images
     assert (
-        [type(image) for image in made] == [Image.Image] * 2 and made[0].size == (16, 16) and seen == [(0, 3), (1, 3), (2, 3)]
+        [type(image) for image in made] == [Image.Image] * 2
+        and made[0].size == (16, 16)
+        and seen == [(0, 1000.0), (1, 666.667), (2, 333.333)]
     )
     again = pipe(["a b", "c"], generator=torch.Generator().manual_seed(0), output_type="np", **options).images
     assert np.array_equal((again * 255).round().astype(np.uint8), np.stack([np.asarray(image) for image in made]))
@@ -155,7 +157,7 @@ def test_the_pipeline_from_captions(diffusers_interface: Any, make_tokenizer: Ma
 
 def test_the_pipeline_by_class_and_its_directory(diffusers_interface: Any, make_tokenizer: Make, tmp_path: Path) -> None:
     inner = by_class(make_tokenizer)
-    pipe = diffusers_interface.TexTokPipeline(inner)
+    pipe = diffusers_interface.TexTokPipeline.from_textok(inner)
     pipe.save_pretrained(tmp_path / "pipe")
     again = diffusers_interface.TexTokPipeline.from_pretrained(tmp_path / "pipe", plan=Plan())
     for each in (pipe, again):
@@ -176,11 +178,12 @@ def test_the_pipeline_by_class_and_its_directory(diffusers_interface: Any, make_
         pipe("a cow")
     with pytest.raises(InputError, match="got 1 prompts for 2 class_labels"):
         pipe("a cow", class_labels=[0, 1])
-    with pytest.raises(InputError, match="its plan's"):
-        pipe.to(torch.bfloat16)
     assert pipe.to("cpu") is pipe and pipe.device.type == "cpu"
     with pytest.raises(InputError, match="this pipeline's plan runs it on cpu"):
-        again.to("cpu")
+        again.to("meta")
+    with pytest.raises(InputError, match="its plan's"):
+        again.to(torch.bfloat16)
+    assert again.to("cpu") is again
     assert SamplingOptions().steps == 50
 
 
@@ -206,11 +209,40 @@ def test_the_image_processor(make_tokenizer: Make, tmp_path: Path) -> None:
     pictures = processor.post_process(model.decode(tokens))
     assert pictures[0].size == (16, 16)
     processor.save_pretrained(tmp_path)
-    assert TexTokImageProcessor.from_pretrained(tmp_path).size == 16
-    assert TexTokImageProcessor.of(model.save_pretrained(tmp_path / "model")).size == 16
+    assert TexTokImageProcessor.from_pretrained(tmp_path).size == {"height": 16, "width": 16}
+    assert TexTokImageProcessor.of(model.save_pretrained(tmp_path / "model")).size == {"height": 16, "width": 16}
     for bad, message in (([], "got no pictures"), (np.zeros((4, 4, 3)), "float64"), ([3], "a picture is a PIL image")):
         with pytest.raises(InputError, match=message):
             processor.preprocess(bad)
+
+
+@pytest.mark.parametrize("to_range", ["signed", "bytes"])
+def test_the_image_processor_as_transformers_code_uses_one(to_range: str, tmp_path: Path) -> None:
+    """AutoImageProcessor finds it; its attributes say what it does, so that others can do the same; options are not ignored."""
+    from transformers import AutoImageProcessor
+
+    TexTokImageProcessor(16, to_range).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, TexTokImageProcessor) and processor.to_range == to_range
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    values = processor(images=picture, return_tensors="pt", do_resize=True).pixel_values
+    if to_range == "signed":
+        by_hand = (torch.from_numpy(picture) * processor.rescale_factor - processor.image_mean[0]) / processor.image_std[0]
+        torch.testing.assert_close(values[0], by_hand.permute(2, 0, 1).float())
+    else:
+        assert not processor.do_rescale and not processor.do_normalize and torch.equal(values[0], torch.from_numpy(picture))
+    channels_first = torch.from_numpy(picture).permute(2, 0, 1)
+    assert torch.equal(processor([channels_first, picture]).pixel_values, values.expand(2, -1, -1, -1))
+    assert processor(picture, size={"height": 8, "width": 8}).pixel_values.numel() == 3 * 8 * 8
+    for options, message in (
+        ({"do_center_crop": False}, "do_center_crop = True, asked for False"),
+        ({"image_mean": [0.4, 0.4, 0.4]}, "image_mean"),
+        ({"size": {"height": 8, "width": 9}}, "size must be S"),
+        ({"colour": 1}, "unknown options colour"),
+        ({"data_format": "channels_last"}, "leave data_format out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            processor(picture, **options)
 
 
 # -- torch.hub and the Hub -----------------------------------------------------------------------------------------------------
@@ -221,6 +253,13 @@ def test_torch_hub(make_tokenizer: Make, tmp_path: Path, golden: Callable[[str],
     directory = make_tokenizer().save_pretrained(tmp_path / "tok")
     assert isinstance(torch.hub.load(root, "tokenizer", directory, source="local"), TexTok)
     assert isinstance(torch.hub.load(root, "foreign", "titok", golden("titok_vq")[0], source="local", heads=4), interop.TiTok)
+    inner = by_class(make_tokenizer)
+    inner.save_pretrained(tmp_path / "pipe")
+    dit = torch.hub.load(root, "dit", tmp_path / "pipe", source="local", subfolder="generator", dtype=torch.bfloat16)
+    assert isinstance(dit, DiT) and dit.pos_embed.dtype == torch.bfloat16
+    pipe = torch.hub.load(root, "pipeline", tmp_path / "pipe", source="local", plan=Plan())
+    pipe._engines[1].model._text_encoder = inner.tokenizer._text_encoder
+    assert pipe(1, options=SamplingOptions(steps=1)).images.shape == (1, 16, 16, 3)
 
 
 def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +297,13 @@ def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.Monke
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
     dit = DiT(DiTConfig(num_tokens=4, width=32, depth=1, heads=2))
     assert "over 4 tokens of 8 channels" in model_card(dit, name="me/dit", licence="mit", data="-")
+
+    for around in (interop.TiTok(model), interop.ContinuousTokenizer(model)):
+        push_to_hub(around, "me/around", **about)
+        assert set(kept) == {"README.md", "config.json", "model.safetensors"}
+        assert f'interop.load(None, "me/around")  # {type(around).__name__}' in kept["README.md"]
+    with pytest.raises(InputError, match="got TiTok; of an engine"):
+        push_to_hub(interop.TiTok(Engine(model, Plan())), "me/around", **about)
 
     def refuse(self: Any, *args: Any, **options: Any) -> None:
         raise OSError("no network")

@@ -225,6 +225,8 @@ def test_runs_in_the_engine(form: dict[str, Any], precision: Any) -> None:
     images = torch.rand(2, 3, GRID * PATCH, GRID * PATCH) * 2 - 1
     bound = {"fp32": 1e-5, "bf16": 0.05, "fp8": 0.25}[precision]
     z = model.encode(images)[0]
+    pictures, *nothing = fast(images)
+    assert nothing == [None, None] and torch.equal(pictures, fast.decode(fast.encode(images)[0]))
     for mine, exact in ((fast.encode(images)[0], z), (fast.decode(z), model.decode(z))):
         assert (mine.double() - exact.double()).norm() / exact.double().norm() < bound
     bytes_ = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -255,16 +255,11 @@ def test_rules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = OnGpu(32, 16, requires_grad=True)
     assert "gradient" in linear._cublaslt_rule(x, trained, bias, "tanh")
     assert linear._triton_rule(x, trained, bias, "tanh") == ""
-    assert "backward" in linear._triton_default(x, trained, bias, "tanh")
     with torch.no_grad():
-        assert linear._triton_default(x, trained, bias, "tanh") == ""
-        assert linear._cublaslt_rule(x, trained, bias, "tanh") == ""
-        # Triton up to 128 rows in all; above, cuBLASLt where it takes them, else PyTorch.
-        assert linear._triton_default(OnGpu(4, 32, 16), weight, bias, "none") == ""
-        for large in (OnGpu(129, 16), OnGpu(5, 32, 16)):
-            assert "cuBLAS" in linear._triton_default(large, weight, bias, "none")
-            assert linear._triton_rule(large, weight, bias, "none") == linear._cublaslt_rule(large, weight, bias, "tanh") == ""
-    assert "tensor cores" in linear._triton_default(OnGpu(64, 16, dtype=torch.float32), weight, bias, "tanh")
+        for rows in ((64,), (129,), (4, 32)):
+            assert linear._triton_rule(OnGpu(*rows, 16), trained, bias, "none") == ""
+            assert dispatch.choose("linear_gelu", OnGpu(*rows, 16), trained, bias, "tanh") == "cublaslt"
+            assert dispatch.choose("linear_gelu", OnGpu(*rows, 16), trained, bias, "none") == "reference"
     assert linear._same_dtype_rule(OnGpu(4, 16, dtype=torch.float64), weight, bias).startswith("it takes")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
@@ -274,6 +269,7 @@ def test_rules_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear._triton_rule(*half, "none") == linear._cublaslt_rule(*half, "tanh") == ""
     e4m3 = (OnGpu(64, 32), OnGpu(64), OnGpu(48, 32), OnGpu(48))
     assert "Triton" in linear._scaled_mm_default(*e4m3, None, "none")
+    assert "Triton" in linear._scaled_mm_default(OnGpu(2, 256, 32), *e4m3[1:], None, "none")
     assert linear._scaled_mm_default(OnGpu(4, 512, 32), *e4m3[1:], None, "none") == ""
 
 

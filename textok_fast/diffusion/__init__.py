@@ -9,6 +9,8 @@ from textok_fast.diffusion.noise import NoiseSource, draw_noise, generators_for_
 from textok_fast.diffusion.process import Objective, Process, build_process
 from textok_fast.diffusion.program import SAMPLERS, SamplerProgram, sampler_program
 from textok_fast.diffusion.samplers import (
+    OnStep,
+    StopSampling,
     ddim_step,
     ddpm_step,
     run_program,
@@ -30,8 +32,10 @@ __all__ = [
     "ModelFn",
     "NoiseSource",
     "Objective",
+    "OnStep",
     "Process",
     "SamplerProgram",
+    "StopSampling",
     "betas_for",
     "build_process",
     "channel_dim",

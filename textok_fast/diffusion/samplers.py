@@ -23,6 +23,16 @@ from textok_fast.diffusion.tensors import ModelFn, channel_dim, require_same_sha
 from textok_fast.errors import InputError
 
 Progress: TypeAlias = Callable[[int, int], None]  # (steps done, steps in all), called after every step
+# (evaluation, its time as the model has it, x (B, ...) after it) -> x to go on with, or None for that one.
+OnStep: TypeAlias = Callable[[int, float, Tensor], Tensor | None]
+
+
+class StopSampling(Exception):
+    """Raised by an :data:`OnStep`: ``sample`` (B, ...) is the result."""
+
+    def __init__(self, sample: Tensor) -> None:
+        super().__init__("sampling was ended early")
+        self.sample = sample
 
 
 def sample(
@@ -33,6 +43,7 @@ def sample(
     diffusion: GaussianDiffusion | FlowMatching | None = None,
     generator: Generators = None,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> Tensor:
     """Samples of noise's shape (B, C, H, W) or (B, N, d) and dtype, with the sampler ``name`` of :data:`SAMPLERS`.
@@ -45,6 +56,8 @@ def sample(
         diffusion: the process the model was trained with; needed by the Gaussian samplers.
         generator: for noise during sampling (ddpm, sde; ddim with eta > 0): one, or one for each sample, other than those of
             ``noise``, or a :data:`NoiseSource`, which is asked for draw e + 1 at evaluation e.
+        on_step: sees and may change x after each evaluation. Every sampler then runs by its numbers (:func:`run_program`): the
+            same but for rounding, and ``progress`` counts evaluations.
         options: of the sampler: ``clip_denoised``, ``step_noise`` (all but euler and heun), ``eta`` (ddim), ``t_start``,
             ``t_end`` (flow).
 
@@ -56,19 +69,19 @@ def sample(
     if SAMPLERS[name] == "flow":
         if not isinstance(steps, int):
             raise InputError(f"sampler {name!r} takes a number of steps, got {steps!r}")
-        if name != "sde":
+        if name != "sde" and on_step is None:
             ode_sampler = sample_euler if name == "euler" else sample_heun
             return ode_sampler(model, noise, steps, progress=progress, **options)
         diffusion = FlowMatching() if diffusion is None else diffusion
     elif not isinstance(diffusion, GaussianDiffusion):
         raise InputError(f"sampler {name!r} needs diffusion=GaussianDiffusion(...), the process the model was trained with")
-    elif name in ("ddpm", "ddim"):
+    elif name in ("ddpm", "ddim") and on_step is None:
         spaced = diffusion if steps is None else diffusion.respaced(steps)
         gaussian_sampler = sample_ddpm if name == "ddpm" else sample_ddim
         return gaussian_sampler(spaced, model, noise, generator=generator, progress=progress, **options)
-    of_program = {key: options.pop(key) for key in ("t_start", "t_end") if key in options}
+    of_program = {key: options.pop(key) for key in ("t_start", "t_end", "eta") if key in options}
     program = exact_program(diffusion, name, steps=steps, **of_program)
-    return run_program(program, model, noise, generator=generator, progress=progress, **options)
+    return run_program(program, model, noise, generator=generator, progress=progress, on_step=on_step, **options)
 
 
 @torch.no_grad()
@@ -81,12 +94,13 @@ def run_program(
     step_noise: Tensor | Sequence[Tensor] | None = None,
     clip_denoised: bool = False,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Any sampler from its numbers: samples of noise's shape (B, C, H, W) or (B, N, d) and dtype.
 
     ``model`` is guided by itself (:func:`guided`): the program's guidance scales are not used here. ``step_noise``
     (evaluations, B, ...), in the order used, replaces ``generator``; entries of evaluations that add no noise are not read.
-    ``progress`` counts evaluations.
+    ``progress`` counts evaluations. What ``on_step`` returns takes x's place; a sampler's memory of earlier steps stays.
     """
     _require_step_noise(step_noise, program.evaluations, noise)
     state = [noise.to(work_dtype(noise.dtype))] + [torch.zeros_like(noise, dtype=work_dtype(noise.dtype))] * (program.slots - 1)
@@ -100,6 +114,13 @@ def run_program(
             state = [updated]
         else:
             state = [_mixture(weights, [*state, updated]) for weights in program.mix[index, :, :-1].tolist()]
+        if on_step is not None:
+            try:
+                changed = on_step(index, times[index], state[0])
+            except StopSampling as stopped:
+                return stopped.sample.to(noise.dtype)
+            state[0] = state[0] if changed is None else changed.detach().to(state[0])
+            require_same_shape("what on_step returned", state[0], noise)
         if progress is not None:
             progress(index + 1, program.evaluations)
     return state[0].to(noise.dtype)

@@ -59,7 +59,9 @@ class SpeedupConfig:
         sampler: "ddpm" or "ddim", with ``steps`` steps and a guidance ``scale`` other than 1.
         rounds: at most so many, at least ``min_rounds``, and as many as ``time_budget_s`` allows (seconds for the whole run,
             without starting up). What does not get its ``min_rounds`` out of its share of the budget is left out.
-        full: also times whole pictures, from caption to pixels, none of it scaled.
+        full: also times whole pictures, from caption to pixels, none of it scaled, where the time budget has room for one.
+        compile_parts: on CUDA the engine form's text encoder and SD-VAE go through torch.compile max-autotune, a minute or more
+            each and once a batch size; False captures them as they are, in channels-last, as CUDA graphs.
         threads: None keeps torch's number.
     """
 
@@ -75,6 +77,7 @@ class SpeedupConfig:
     min_rounds: int = 3
     time_budget_s: float = 5400.0
     full: bool = False
+    compile_parts: bool = True
     text_encoder: str = "minilm"
     threads: int | None = None
     device: str = "auto"
@@ -319,7 +322,10 @@ def run_speedup(
         for precision in config.precisions:
             say(f"{precision}: measuring the ceilings of {device}, {threads} thread(s)")
             ceilings[precision] = measure_ceilings(device, precision)
-            bench = Bench(device, precision, config.sampler, config.steps, config.scale, config.text_encoder, config.seed)
+            bench = Bench(
+                *(device, precision, config.sampler, config.steps, config.scale, config.text_encoder, config.seed),
+                compile_parts=config.compile_parts,
+            )
             finished: list[_Group] = []
             for batch in config.batch:
                 left = len(groups) - groups.index((precision, batch))
@@ -516,6 +522,10 @@ class _Group:
             entry.joules_per_image = self._joules(entry)
         if self.config.full:
             for entry in self.entries:
+                seconds = entry.typical * entry.loop.total + sum(part.typical for part in entry.parts.values())
+                if seconds > (left := self.deadline - time.perf_counter()):
+                    self._skip(entry.system, entry.form, f"whole pictures: {seconds:.0f} s, of {max(left, 0):.0f} s left")
+                    continue
                 entry.full.append([time_call(lambda entry=entry: self._picture(entry), self.bench.device)])  # type: ignore[misc]
                 self.say(f"{entry.system.name}, {entry.form}: a whole picture took {entry.full[0][0][0]:.4g} s")
         yield count
@@ -534,7 +544,7 @@ class _Group:
                 loop.advance()
                 continue
             here = min(entry.timed - len(samples), loop.total - loop.done, loop.until_ahead)
-            samples += _time_advances(loop, here, device)
+            samples += time_advances(loop, here, device)
         return samples
 
     def _time_part(self, part: _Part) -> list[tuple[float, float]]:
@@ -636,7 +646,7 @@ def _whole_run(loop: Loop) -> None:
     loop.finish()
 
 
-def _time_advances(loop: Loop, count: int, device: torch.device) -> list[tuple[float, float]]:
+def time_advances(loop: Loop, count: int, device: torch.device) -> list[tuple[float, float]]:
     """(wall, processor) seconds of each of ``count`` evaluations. On CUDA between events in the stream: nothing waits for a
     step to end before the next one is issued, as in a real run."""
     if device.type != "cuda":

@@ -29,6 +29,7 @@ from textok_fast.errors import InputError
 from textok_fast.evaluation.roofline import count_flops
 from textok_fast.evaluation.step_times import TEXTOK_TOKENS, RandomWeights
 from textok_fast.inference.engine import Engine
+from textok_fast.inference.execution import Captured
 from textok_fast.inference.generator import GeneratorEngine, SamplingRun
 from textok_fast.inference.memory import available_memory
 from textok_fast.inference.modulation import layout
@@ -170,6 +171,7 @@ class Bench:
     Args:
         steps: of ``sampler``, with classifier-free guidance of scale ``guidance``.
         text_encoder: "minilm", or a transformers model by name or directory.
+        compile_parts: whether on CUDA the engine form's text encoder and SD-VAE are compiled, or captured as they are.
     """
 
     def __init__(
@@ -181,7 +183,10 @@ class Bench:
         guidance: float = 1.5,
         text_encoder: str = "minilm",
         seed: int = 0,
+        *,
+        compile_parts: bool = True,
     ) -> None:
+        self.compile_parts = compile_parts
         self.device, self.precision, self.dtype = device, precision, PRECISIONS[precision]
         self.sampler, self.steps, self.guidance, self.text_encoder = sampler, steps, guidance, text_encoder
         self.process = GaussianDiffusion()
@@ -298,12 +303,12 @@ class Bench:
         if form == "engine":
             vae = self._once((form, system.decoder), lambda: copy.deepcopy(vae).to(memory_format=torch.channels_last))
             latents = latents.contiguous(memory_format=torch.channels_last)
-        if form == "compile" or (form == "engine" and self.device.type == "cuda"):  # on a CPU it made this decoder slower
+        if self._compiles(form):
             run = self._once((form, system.decoder, "compiled"), lambda: _compile(decode, self.device))
         # A picture's largest activations are 256 channels at full size, a few times over.
         each = 6 * 256 * (8 * side) ** 2 * self.dtype.itemsize
         at_once = max(1, min(batch, available_memory(self.device) // each))
-        return lambda: torch.cat([run(part) for part in latents.split(at_once)])
+        return self._fast(form, lambda: torch.cat([run(part) for part in latents.split(at_once)]))
 
     # -- text ---------------------------------------------------------------------------------------------------------------
 
@@ -333,9 +338,36 @@ class Bench:
         network: Callable[..., Any] = encoder.network
         if form == "engine":
             network = self._once((form, "text"), packed)
-        if form == "compile" or (form == "engine" and self.device.type == "cuda"):
+        if self._compiles(form):
             network = self._once((form, "text", "compiled"), lambda: _compile(network, self.device))
-        return lambda: network(**given).last_hidden_state
+        return self._fast(form, lambda: network(**given).last_hidden_state)
+
+    # -- parts that are not ours ----------------------------------------------------------------------------------------------
+
+    def _compiles(self, form: str) -> bool:
+        """Whether the text encoder and the SD-VAE are compiled; on a CPU it made the SD-VAE slower than channels-last alone."""
+        return form == "compile" or (form == "engine" and self.device.type == "cuda" and self.compile_parts)
+
+    def _fast(self, form: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """``call`` as a CUDA graph, where the engine form is neither compiled nor on a CPU; as it is where it synchronizes."""
+        if form != "engine" or self.device.type != "cuda" or self.compile_parts:
+            return call
+        result = call()
+
+        def into_result() -> None:
+            result.copy_(call())
+
+        graph = Captured(into_result, [result], enabled=True, name="this part")
+        try:
+            graph()
+        except InputError:
+            return call
+
+        def run() -> Tensor:
+            graph()
+            return result
+
+        return run
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------------

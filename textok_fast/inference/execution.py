@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,6 +103,14 @@ class _Pool:
 
 # By device and the stream that replays. Weak: torch does not take the handle of a pool whose last graph is gone.
 _pools: WeakValueDictionary[tuple[int, int], _Pool] = WeakValueDictionary()
+
+
+def _end_generators_capture() -> None:
+    """After a broken capture torch's generator still believes to be in one, and refuses to draw. One that succeeds ends it."""
+    with suppress(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an empty graph
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            pass
 
 
 class Captured:
@@ -227,6 +236,7 @@ class Captured:
                 torch._C._cuda_endAllocateToPool(key[0], pool.handle)
                 torch._C._cuda_releasePool(key[0], pool.handle)
             _pools.pop(key, None)
+            _end_generators_capture()
             cause = failure or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

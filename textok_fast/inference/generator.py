@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast import ops
-from textok_fast.diffusion import Process, SamplerProgram, sampler_program
+from textok_fast.diffusion import OnStep, Process, SamplerProgram, StopSampling, sampler_program
 from textok_fast.errors import InputError
 from textok_fast.inference.execution import Captured, compiled, own_modes
 from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
@@ -27,7 +27,7 @@ from textok_fast.inference.plan import Plan, StepCache
 from textok_fast.inference.precision import STREAM, prepare, weight_bytes
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.layers import CrossAttention, TextTokens, is_untouched
-from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.text_encoders import TextFeatures, same_length
 
 Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
 
@@ -106,6 +106,7 @@ class GeneratorEngine:
         *,
         labels: Tensor | None = None,
         text: TextFeatures | None = None,
+        negative_text: TextFeatures | None = None,
         image_tokens: Tensor | None = None,
         seeds: Sequence[int] | Tensor,
         sampler: str = "",
@@ -125,6 +126,7 @@ class GeneratorEngine:
             process: what the model was trained with.
             labels: (B,) int64 classes; None, for a model with classes, is the null class for all.
             text: caption features (B, N_t, D_t) and mask (B, N_t), or None for the null caption.
+            negative_text: what guidance leads away from, in the null caption's place; the same form.
             image_tokens: (B, M, image_token_dim), for a model built with them; guidance leaves them in both halves.
             seeds: B integers of 64 bits.
             sampler: of ``diffusion.SAMPLERS``; empty for ddpm, or for a flow euler.
@@ -143,14 +145,19 @@ class GeneratorEngine:
         kind = sampler or ("euler" if process.objective == "flow" else "ddpm")
         program = sampler_program(process, kind, guidance_scale, guidance_interval, steps=steps, eta=eta)
         guided_channels = guided_channels or self.config.guided_channels or None
-        given = _Conditions.checked(self.model, seeds, labels, text, image_tokens, noise, process, guided_channels)
+        given = _Conditions.checked(
+            self.model, seeds, labels, text, negative_text, image_tokens, noise, process, guided_channels
+        )
         parts = self._parts(given, program)
         pieces = [given.part(slice(start, start + parts)) for start in range(0, len(given.seeds), parts)]
-        return SamplingRun([partial(_Part, self, piece, program) for piece in pieces], program.evaluations)
+        return SamplingRun([partial(_Part, self, piece, program) for piece in pieces], program.times.tolist())
 
-    def sample(self, process: Process, *, progress: Progress | None = None, **options: Any) -> Tensor:
-        """Samples (B, N, d) or (B, C, S, S), float32, on the plan's device. Options and errors as :meth:`start`."""
-        return self.start(process, **options).finish(progress)
+    def sample(
+        self, process: Process, *, progress: Progress | None = None, on_step: OnStep | None = None, **options: Any
+    ) -> Tensor:
+        """Samples (B, N, d) or (B, C, S, S), float32, on the plan's device. Options and errors as :meth:`start`, ``progress``
+        and ``on_step`` as :meth:`SamplingRun.finish`."""
+        return self.start(process, **options).finish(progress, on_step)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -340,12 +347,14 @@ class Network(nn.Module):
 class SamplingRun:
     """A sampler under way, made by :meth:`GeneratorEngine.start`."""
 
-    def __init__(self, parts: Sequence[Callable[[], _Part]], evaluations: int) -> None:
-        """``parts``: each starts one part of the batch; the next one begins when the one before is through."""
+    def __init__(self, parts: Sequence[Callable[[], _Part]], times: Sequence[float]) -> None:
+        """``parts``: each starts one part of the batch; the next one begins when the one before is through.
+        ``times``: of each evaluation, as the model has them."""
+        self.times = times
         self._waiting = list(parts)
         self._through: list[_Part] = []
         self._current = self._waiting.pop(0)()
-        self.total = len(parts) * evaluations
+        self.total = len(parts) * len(times)
 
     @property
     def done(self) -> int:
@@ -364,14 +373,45 @@ class SamplingRun:
         self._next_part()
         self._current.advance()
 
-    def finish(self, progress: Progress | None = None) -> Tensor:
+    @property
+    def latents(self) -> Tensor:
+        """x after the evaluations so far, (B, N, d) or (B, C, S, S) float32, a copy. What is assigned to it takes x's place,
+        while a sampler's memory of earlier steps stays. InputError for a batch run in parts (``split``), or another shape.
+        """
+        self._require_whole()
+        return self._current.latents.clone()
+
+    @latents.setter
+    def latents(self, value: Tensor) -> None:
+        self._require_whole()
+        place = self._current.latents
+        if value.shape != place.shape:
+            raise InputError(f"latents must be {tuple(place.shape)}, got {tuple(value.shape)}")
+        place.copy_(value.detach())
+
+    def _require_whole(self) -> None:
+        if self.total > len(self.times):
+            parts = self.total // len(self.times)
+            raise InputError(f"this batch runs in {parts} parts, so that its latents are never all there: use a smaller batch")
+
+    def finish(self, progress: Progress | None = None, on_step: OnStep | None = None) -> Tensor:
         """Everything that is left, with ``capture="loop"`` many evaluations in one graph. Returns :meth:`result`.
 
-        ``progress`` is called after each evaluation, or each graph, that has been handed to the device.
+        ``progress`` is called after each evaluation, or each graph, that has been handed to the device. ``on_step`` sees and
+        may change :attr:`latents` after each evaluation, each then a graph of its own, and may raise ``StopSampling``.
         """
         while not self.finished:
             self._next_part()
-            self._current.advance_far()
+            if on_step is None:
+                self._current.advance_far()
+            else:
+                self._current.advance()
+                try:
+                    changed = on_step(self.done - 1, self.times[self.done - 1], self.latents)
+                except StopSampling as stopped:
+                    return stopped.sample
+                if changed is not None:
+                    self.latents = changed
             if progress is not None:
                 progress(self.done, self.total)
         return self.result()
@@ -415,6 +455,7 @@ class _Conditions(NamedTuple):
     seeds: Tensor  # (B,) int64, on the CPU
     labels: Tensor | None  # (B,) int64, on the CPU; None without classes
     text: TextFeatures | None
+    negative_text: TextFeatures | None  # as long as ``text``, which is then there
     image_tokens: Tensor | None
     noise: Tensor | None
     flow: bool
@@ -427,6 +468,7 @@ class _Conditions(NamedTuple):
         seeds: Sequence[int] | Tensor,
         labels: Tensor | None,
         text: TextFeatures | None,
+        negative_text: TextFeatures | None,
         image_tokens: Tensor | None,
         noise: Tensor | None,
         process: Process,
@@ -454,6 +496,12 @@ class _Conditions(NamedTuple):
         text = None if text is None else TextFeatures(*text)
         empty = torch.empty(batch, *sample, device="meta")
         model._check(empty, torch.empty(batch, device="meta"), labels, text, image_tokens)
+        if negative_text is not None:
+            negative_text = TextFeatures(*negative_text)
+            model._check(empty, torch.empty(batch, device="meta"), labels, negative_text, image_tokens)
+            if text is None:
+                text = TextFeatures(negative_text.features, torch.zeros_like(negative_text.mask))
+            text, negative_text = same_length(text, negative_text)
         if labels is not None and not bool(((labels >= 0) & (labels <= config.num_classes)).all()):
             raise InputError(
                 f"labels must be in [0, {config.num_classes}], {config.num_classes} for no label, got {labels.tolist()}"
@@ -463,15 +511,21 @@ class _Conditions(NamedTuple):
         if labels is None and config.num_classes:
             labels = torch.full((batch,), config.num_classes)
         labels = None if labels is None else labels.cpu()
-        return cls(numbers.cpu(), labels, text, image_tokens, noise, process.objective == "flow", guided_channels)
+        flow = process.objective == "flow"
+        return cls(numbers.cpu(), labels, text, negative_text, image_tokens, noise, flow, guided_channels)
 
     def part(self, samples: slice) -> _Conditions:
         """Those of some of the samples."""
-        text = None if self.text is None else TextFeatures(self.text.features[samples], self.text.mask[samples])
+        text, negative = (
+            None if each is None else TextFeatures(each.features[samples], each.mask[samples])
+            for each in (self.text, self.negative_text)
+        )
         labels, image, noise = (
             None if each is None else each[samples] for each in (self.labels, self.image_tokens, self.noise)
         )
-        return self._replace(seeds=self.seeds[samples], labels=labels, text=text, image_tokens=image, noise=noise)
+        return self._replace(
+            seeds=self.seeds[samples], labels=labels, text=text, negative_text=negative, image_tokens=image, noise=noise
+        )
 
     def shape(self, engine: GeneratorEngine, program: SamplerProgram) -> _Shape:
         pair, batch = any(program.guided), len(self.seeds)
@@ -522,6 +576,14 @@ class _Part:
                 self._loop.compute_modulation(self.done)
             self._loop.run(tuple(self._variants[self.done : self.done + count]), alone)
         self.done += count
+
+    @property
+    def latents(self) -> Tensor:
+        """x where it lies, (B, ...) float32."""
+        if self._loop is None:
+            assert self._kept is not None
+            return self._kept
+        return self._loop.work[0]
 
     def keep_result(self) -> None:
         """Takes the result out of the buffers, which another run is about to use."""
@@ -610,9 +672,9 @@ class _Loop:
         if self._labels is not None and labels is not None:
             self._labels.copy_(labels)
         text, image = given.text, given.image_tokens
-        if shape.pair and text is not None:  # the other half has the null caption
-            empty = torch.zeros_like(text.mask)
-            text = TextFeatures(torch.cat([text.features, text.features]), torch.cat([text.mask, empty]))  # (2 B, N_t, ...)
+        if shape.pair and text is not None:  # the other half has the null caption, or what guidance leads away from
+            other = given.negative_text or TextFeatures(text.features, torch.zeros_like(text.mask))
+            text = TextFeatures(*(torch.cat(halves) for halves in zip(text, other, strict=True)))  # (2 B, N_t, ...)
         if shape.pair and image is not None:
             image = torch.cat([image, image])  # (2 B, M, ...)
         self._text = engine._text_in_place(self._text, text, len(rows))

@@ -8,22 +8,23 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from textok_fast import ops
-from textok_fast.diffusion import NoiseSource, Objective, build_process, guided, sample
+from textok_fast.diffusion import NoiseSource, Objective, OnStep, build_process, guided, sample
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.dit import DiT
-from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.text_encoders import TextFeatures, same_length
 from textok_fast.modeling.tokenizer import TexTok
 
 PIPELINE_NAME = "pipeline.json"
+FOLDERS = {"generator": "transformer", "tokenizer": "vae"}  # by our names and diffusers'
 
 
 class Condition(NamedTuple):
@@ -55,6 +56,21 @@ class SamplingOptions:
     eta: float = 0.0  # ddim
 
 
+class RunOptions(TypedDict, total=False):
+    """What a pipeline's call takes besides, all of it optional.
+
+    noise: initial noise (B, N, d), in place of what the seeds give.
+    negative_prompts: one a sample; what guidance leads away from in place of the null caption, for a generator that reads text.
+    progress: called after each evaluation that has been handed to the device.
+    on_step: sees and may change the tokens after each evaluation, see :data:`textok_fast.diffusion.OnStep`.
+    """
+
+    noise: Tensor | None
+    negative_prompts: Sequence[str] | None
+    progress: Callable[[int, int], None] | None
+    on_step: OnStep | None
+
+
 class GenerationPipeline:
     """A DiT and the tokenizer that decodes what it makes. Use a subclass, or :func:`load_pipeline`, which picks one.
 
@@ -81,14 +97,19 @@ class GenerationPipeline:
         self.process = build_process(objective, config.learn_sigma, prediction, schedule)
         self.objective, self.prediction, self.schedule = objective, prediction, schedule
         self.plan = plan
+        self.decode_batch: int | None = None  # how many pictures are decoded at once; None: all
         self._engines = None if plan is None else (Engine(generator, plan), Engine(tokenizer, plan))
 
-    def to(self, device: str | torch.device) -> GenerationPipeline:
-        """Moves the models; InputError with a plan, which says where they run."""
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> GenerationPipeline:
+        """Moves the models; InputError for what a plan says otherwise: where they run, and in which precision."""
         if self.plan is not None:
-            raise InputError(f"this pipeline's plan runs it on {self.plan.device}: make one with a plan for {device}")
-        self.generator.to(device)
-        self.tokenizer.to(device)
+            if dtype is not None:
+                raise InputError(f"this pipeline's precision is its plan's, {self.plan.precision}: make one with another plan")
+            if device is not None and not _same_device(torch.device(device), self.device):
+                raise InputError(f"this pipeline's plan runs it on {self.plan.device}: make one with a plan for {device}")
+            return self
+        self.generator.to(device=device, dtype=dtype)
+        self.tokenizer.to(device=device, dtype=dtype)
         return self
 
     @property
@@ -101,9 +122,13 @@ class GenerationPipeline:
         directory = Path(directory)
         self.generator.save_pretrained(directory / "generator")
         self.tokenizer.save_pretrained(directory / "tokenizer")
+        self.save_about(directory)
+        return directory
+
+    def save_about(self, directory: Path) -> None:
+        """pipeline.json: all of it but the models."""
         about = {"objective": self.objective, "prediction": self.prediction, "schedule": self.schedule, **self._about()}
         write_text(directory / PIPELINE_NAME, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-        return directory
 
     def _about(self) -> dict[str, Any]:
         return {"label_names": [], "captions": {}}
@@ -114,15 +139,19 @@ class GenerationPipeline:
         text: TextFeatures | None,
         seeds: Sequence[int],
         options: SamplingOptions,
-        progress: Callable[[int, int], None] | None = None,
+        **run: Unpack[RunOptions],
     ) -> Tensor:
         """Tokens (B, N, d) for B labels and captions. Sample i depends on seed i and its condition alone, not on its batch."""
         config, device = self.generator.config, self.tokenizer.device
         source = seeded_noise(seeds, device)
+        noise, negative = run.get("noise"), self._negative_text(run.get("negative_prompts"), len(seeds))
+        seen: dict[str, Any] = {"progress": run.get("progress"), "on_step": run.get("on_step")}
         if self._engines is not None:
-            return self._engines[0].sample(
-                self.process, labels=labels, text=text, seeds=seeds, **dataclasses.asdict(options), progress=progress
-            )
+            given: dict[str, Any] = {"labels": labels, "text": text, "negative_text": negative, "seeds": seeds, "noise": noise}
+            return self._engines[0].sample(self.process, **given, **dataclasses.asdict(options), **seen)
+        if negative is not None:
+            text = TextFeatures(negative.features, torch.zeros_like(negative.mask)) if text is None else text
+            text, negative = same_length(text, negative)
         condition = Condition(
             None if labels is None else labels.to(device),
             None if text is None else text.features,
@@ -130,17 +159,20 @@ class GenerationPipeline:
         )
         null = Condition(
             None if labels is None else torch.full_like(condition.labels, config.num_classes),  # type: ignore[arg-type]
-            condition.features,
-            None if condition.mask is None else torch.zeros_like(condition.mask),
+            condition.features if negative is None else negative.features,
+            None if condition.mask is None else torch.zeros_like(condition.mask) if negative is None else negative.mask,
         )
 
         def model(x: Tensor, t: Tensor, c: Condition) -> Tensor:
             given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
             return self.generator(x, t, c.labels, given)
 
-        noise = source(0, (len(seeds), config.num_tokens, config.in_channels)).to(self.tokenizer.dtype)  # (B, N, d)
+        shape = (len(seeds), config.num_tokens, config.in_channels)
+        if noise is not None and tuple(noise.shape) != shape:
+            raise InputError(f"noise must be {shape}, got {tuple(noise.shape)}")
+        noise = (source(0, shape) if noise is None else noise).to(device, self.tokenizer.dtype)  # (B, N, d)
         sampler = options.sampler or ("euler" if self.objective == "flow" else "ddpm")
-        extra = {"eta": options.eta} if sampler == "ddim" else {}
+        extra: dict[str, Any] = {"eta": options.eta} if sampler == "ddim" else {}
         return sample(
             sampler,
             guided(model, condition, null, options.guidance_scale, options.guidance_interval, config.guided_channels or None),
@@ -148,9 +180,18 @@ class GenerationPipeline:
             options.steps,
             self.process,
             generator=source,
-            progress=progress,
+            **seen,
             **extra,
         )
+
+    def _negative_text(self, prompts: Sequence[str] | None, count: int) -> TextFeatures | None:
+        if prompts is None:
+            return None
+        if not self.generator.config.text_dim:
+            raise InputError("this generator reads no text: there is no negative prompt to lead it away from")
+        if len(prompts) != count:
+            raise InputError(f"got {len(prompts)} negative prompts for {count} samples")
+        return self.tokenizer.text_features(prompts, count)
 
     def _finish(
         self,
@@ -160,12 +201,15 @@ class GenerationPipeline:
         seeds: list[int],
         options: SamplingOptions,
         output: Literal["float", "uint8"],
-        progress: Callable[[int, int], None] | None,
+        run: RunOptions,
     ) -> GenerationOutput:
         with torch.no_grad():
-            tokens = self.generate_tokens(labels, text, seeds, options, progress)
+            tokens = self.generate_tokens(labels, text, seeds, options, **run)
             decoder = self.tokenizer if self._engines is None else self._engines[1]
-            return GenerationOutput(decoder.decode(tokens, captions, output=output), tokens, captions, seeds)
+            size = self.decode_batch or len(seeds)
+            parts = [slice(start, start + size) for start in range(0, len(seeds), size)]
+            images = torch.cat([decoder.decode(tokens[part], captions[part], output=output) for part in parts])
+            return GenerationOutput(images, tokens, captions, seeds)
 
 
 class TextToImagePipeline(GenerationPipeline):
@@ -178,18 +222,18 @@ class TextToImagePipeline(GenerationPipeline):
         seed: int | Sequence[int] = 0,
         options: SamplingOptions | None = None,
         output: Literal["float", "uint8"] = "uint8",
-        progress: Callable[[int, int], None] | None = None,
+        **run: Unpack[RunOptions],
     ) -> GenerationOutput:
         """One picture a prompt.
 
-        ``seed``: a number, from which sample i takes seed + i, or one for each prompt.
+        ``seed``: a number, from which sample i takes seed + i, or one for each prompt. ``run``: :class:`RunOptions`.
         Raises InputError for no prompt, an empty one, or another number of seeds.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise InputError("give at least one prompt, each a non-empty string")
         text = self.tokenizer.text_features(prompts, len(prompts)) if self.generator.config.text_dim else None
-        return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, progress)
+        return self._finish(None, text, prompts, seeds_for(seed, len(prompts)), options or SamplingOptions(), output, run)
 
 
 class ClassToImagePipeline(GenerationPipeline):
@@ -217,12 +261,12 @@ class ClassToImagePipeline(GenerationPipeline):
         seed: int | Sequence[int] = 0,
         options: SamplingOptions | None = None,
         output: Literal["float", "uint8"] = "uint8",
-        progress: Callable[[int, int], None] | None = None,
+        **run: Unpack[RunOptions],
     ) -> GenerationOutput:
         """One picture a label, given as an index, a name, or an index written out.
 
         ``captions`` for the decoder, one a label; None draws each from its class's held-out captions by the sample's seed (the
-        null caption for a class that has none). ``seed`` as in :class:`TextToImagePipeline`.
+        null caption for a class that has none). ``seed`` and ``run`` as in :class:`TextToImagePipeline`.
         """
         given = [labels] if isinstance(labels, (int, str)) else list(labels)
         indices = [self.label_index(label) for label in given]
@@ -236,7 +280,7 @@ class ClassToImagePipeline(GenerationPipeline):
             if len(chosen) != len(indices):
                 raise InputError(f"got {len(chosen)} captions for {len(indices)} labels")
         text = self.tokenizer.text_features(chosen, len(chosen)) if self.generator.config.text_dim else None
-        return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, progress)
+        return self._finish(torch.tensor(indices), text, chosen, seeds, options or SamplingOptions(), output, run)
 
     def _about(self) -> dict[str, Any]:
         return {"label_names": self.label_names, "captions": {str(label): texts for label, texts in self.captions.items()}}
@@ -260,6 +304,10 @@ class ClassToImagePipeline(GenerationPipeline):
             return ""
         generator = torch.Generator().manual_seed(seed)
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index is None or one.index == other.index)
 
 
 def seeds_for(seed: int | Sequence[int], count: int) -> list[int]:
@@ -291,7 +339,8 @@ def seeded_noise(seeds: Sequence[int], device: str | torch.device) -> NoiseSourc
 def load_pipeline(
     directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
 ) -> TextToImagePipeline | ClassToImagePipeline:
-    """The pipeline that ``textok-fast train generator`` wrote: by class when the generator has classes, else by caption.
+    """The pipeline that ``textok-fast train generator`` or ``interop.TexTokPipeline`` wrote: by class when the generator has
+    classes, else by caption.
 
     With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
     the text encoder.
@@ -309,8 +358,10 @@ def load_pipeline(
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
-    generator = DiT.from_pretrained(directory / "generator", device=device)
-    tokenizer = TexTok.from_pretrained(directory / "tokenizer", device=device)
+    # Where diffusers' pipelines have them, else where ours do.
+    folders = [theirs if (directory / theirs).is_dir() else ours for ours, theirs in FOLDERS.items()]
+    generator = DiT.from_pretrained(directory / folders[0], device=device)
+    tokenizer = TexTok.from_pretrained(directory / folders[1], device=device)
     if generator.config.num_classes:
         return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
     return TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)

@@ -1,6 +1,6 @@
 """Other people's weights in our models, and our models behind other people's interfaces.
 
-``AutoencoderTexTok`` and ``TexTokPipeline`` need diffusers: without it their import fails, and says so.
+``AutoencoderTexTok``, ``TexTokTransformer`` and ``TexTokPipeline`` need diffusers: without it their import fails, and says so.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ __all__ = [
     "Kind",
     "TexTokImageProcessor",
     "TexTokPipeline",
+    "TexTokTransformer",
     "TiTok",
     "Weights",
     "convert",
@@ -36,13 +37,13 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from textok_fast.interop.diffusers import AutoencoderTexTok, TexTokPipeline
+    from textok_fast.interop.diffusers import AutoencoderTexTok, TexTokPipeline, TexTokTransformer
     from textok_fast.interop.transformers import TexTokImageProcessor
 
 
 def __getattr__(name: str) -> Any:
     """Those that need another library are imported when they are asked for."""
-    if name in ("AutoencoderTexTok", "TexTokPipeline"):
+    if name in ("AutoencoderTexTok", "TexTokPipeline", "TexTokTransformer"):
         from textok_fast.interop import diffusers
 
         return getattr(diffusers, name)

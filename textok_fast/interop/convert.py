@@ -18,7 +18,7 @@ from textok_fast.interop.dit import load_diffusers_dit, load_dit
 from textok_fast.interop.layout import Shape, read_sizes
 from textok_fast.interop.softvq import ContinuousTokenizer, convert_softvq
 from textok_fast.interop.titok import TiTok, convert_titok
-from textok_fast.interop.weights import Source, Weights, read_weights
+from textok_fast.interop.weights import Source, Weights, from_hub, read_weights
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, load_state, read_config
 from textok_fast.modeling.tokenizer import TexTok
@@ -128,7 +128,8 @@ OBJECTIVES = {
 def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     """A foreign model on our modules, in eval mode and float32, called as its own code calls it.
 
-    A directory that ``save_pretrained`` or :func:`convert` wrote is loaded as what it says it is, whatever ``kind`` is.
+    What ``save_pretrained`` or :func:`convert` wrote, a directory or on the Hub, is loaded as what it says it is, whatever
+    ``kind`` is.
 
     Generators are ``model(x, t, y)``; TiTok's tokenizers are a :class:`TiTok`, SoftVQ-VAE's and MAETok's a
     :class:`ContinuousTokenizer`, whose ``tokenizer`` is the :class:`~textok_fast.TexTok` that engines and exports take.
@@ -142,6 +143,8 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
         what it claims.
     """
+    if isinstance(weights, str | Path) and not Path(weights).expanduser().exists():
+        weights = from_hub(str(weights))
     if (ours := _ours(weights)) is not None:
         if options:
             raise InputError(f"{weights} is in this library's format and knows its sizes: leave out {', '.join(options)}")

@@ -257,3 +257,8 @@ class ContinuousTokenizer(nn.Module):
         core = self.tokenizer if isinstance(self.tokenizer, TexTok) else self.tokenizer.model
         out: Tensor = self.tokenizer.decode(core.normalize(quant.to(self.tokenizer.device, self.tokenizer.dtype)))
         return out
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, None]:
+        """:meth:`encode`, then :meth:`decode`: pictures (B, 3, S, S), and None for losses and statistics."""
+        quant, losses, info = self.encode(x)
+        return self.decode(quant), losses, info

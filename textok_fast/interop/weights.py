@@ -52,7 +52,7 @@ def read_weights(source: Source) -> Weights:
         return Weights(_tensors(source, "the given mapping"), {}, "the given state dict")
     path = Path(source).expanduser()
     if not path.exists():
-        path = _from_hub(str(source))
+        path = from_hub(str(source))
     file = _file_in(path) if path.is_dir() else path
     if file.suffix == ".safetensors":
         try:
@@ -135,7 +135,7 @@ def _config_beside(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str) -> Path:
     """A file or a snapshot of weights and configuration from the Hub's cache, downloaded where it is not there."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", name) or name.startswith((".", "/", "~")):
         raise InputError(

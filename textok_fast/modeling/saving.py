@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from textok_fast.files import save_tensors, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of huggingface_hub's downloads
 
 
 class PretrainedMixin(nn.Module):
@@ -26,26 +28,43 @@ class PretrainedMixin(nn.Module):
     model_type: str
     config: Any
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Writes config.json and model.safetensors; each file replaces an old one only when complete. Returns the directory."""
+    def save_pretrained(self, directory: str | Path, notes: Mapping[str, Any] | None = None) -> Path:
+        """Writes config.json and model.safetensors; each file replaces an old one only when complete. Returns the directory.
+
+        ``notes``: further entries of config.json for other libraries, with names in ``_``, which :meth:`from_pretrained` skips.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         save_tensors(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        text = json.dumps({"model_type": self.model_type, **to_dict(self.config)}, indent=2) + "\n"
+        text = json.dumps({"model_type": self.model_type, **to_dict(self.config), **(notes or {})}, indent=2) + "\n"
         write_text(directory / CONFIG_NAME, text)
         return directory
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str = "",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        **hub: Any,
+    ) -> Self:
         """Loads a directory that :meth:`save_pretrained` wrote, or a Hub repository by id, in eval mode.
+
+        Args:
+            subfolder: of the directory or the repository.
+            dtype: of the weights then; None as they were saved.
+            hub: :data:`HUB_OPTIONS`.
 
         Raises: InputError when there is no such model, it is of another kind, or a weight is missing, unexpected or of
             another shape.
         """
-        directory = _locate(source, revision)
+        directory = locate(source, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **hub)
         values = read_config(directory, f"a saved {cls.__name__}")
         kind = values.pop("model_type", None)
+        values = {name: value for name, value in values.items() if not name.startswith("_")}
         if kind != cls.model_type:
             raise InputError(f"{directory} holds a model of type {kind!r}, wanted {cls.model_type!r} ({cls.__name__})")
         model = cls(from_mapping(cls.config_class, values))
@@ -56,7 +75,7 @@ class PretrainedMixin(nn.Module):
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read {directory / WEIGHTS_NAME}: {error}") from None
         load_state(model, state, str(directory))
-        return model.to(device).eval()
+        return model.to(device=device, dtype=dtype).eval()
 
 
 def read_config(directory: Path, what: str = "a saved model") -> dict[str, Any]:
@@ -91,19 +110,25 @@ def misfit(what: str, problems: list[str]) -> InputError:
     return InputError(f"{what}: {'; '.join(problems[:3])}{more}")
 
 
-def _locate(source: str | Path, revision: str | None) -> Path:
-    """A local directory as it is, a Hub id downloaded to the Hub's cache."""
+def locate(source: str | Path, files: Sequence[str], subfolder: str = "", **hub: Any) -> Path:
+    """A local directory, or a Hub id's ``files`` (patterns) downloaded to the Hub's cache; the ``subfolder`` of either.
+
+    ``hub``: :data:`HUB_OPTIONS`. Raises: InputError where there is none, the Hub cannot be reached, or for another option.
+    """
+    if unknown := sorted(set(hub) - set(HUB_OPTIONS)):
+        raise InputError(f"unknown options {', '.join(unknown)}; known: {', '.join(HUB_OPTIONS)}")
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return path / subfolder
     name = str(source)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"no model at {source}: wanted a directory with {CONFIG_NAME}, or a Hub id such as owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [f"{subfolder.strip('/')}/{file}" if subfolder else file for file in files]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        return Path(snapshot_download(name, allow_patterns=wanted, **hub)) / subfolder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"no directory {source}, and the Hub has no such model or cannot be reached: {str(error).splitlines()[0]}"

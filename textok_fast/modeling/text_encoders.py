@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from textok_fast.errors import InputError
 from textok_fast.modeling.text_cache import Entry, FeatureStore
@@ -81,6 +82,17 @@ def pad_features(features: Sequence[Tensor], multiple: int = 16, max_len: int | 
         padded[row, :length] = item[:length]
         mask[row, :length] = True
     return TextFeatures(padded, mask)
+
+
+def same_length(one: TextFeatures, other: TextFeatures) -> tuple[TextFeatures, TextFeatures]:
+    """Both padded to the longer N_t."""
+    longest = max(one.mask.shape[1], other.mask.shape[1])
+
+    def padded(text: TextFeatures) -> TextFeatures:
+        more = longest - text.mask.shape[1]
+        return TextFeatures(F.pad(text.features, (0, 0, 0, more)), F.pad(text.mask, (0, more)))
+
+    return padded(one), padded(other)
 
 
 def trim_padding(text: TextFeatures) -> TextFeatures:

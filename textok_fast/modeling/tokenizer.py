@@ -312,7 +312,7 @@ class TexTok(PretrainedMixin, nn.Module):
                 raise InputError(f"float images must have the shape (B, 3, {size}, {size}), got {tuple(batch.shape)}")
             pixels = batch.to(self.device)
             if len(pixels):
-                low, high = (float(value) for value in torch.aminmax(pixels))
+                low, high = (float(value) for value in torch.aminmax(pixels.detach()))
                 if not (low >= -1.001 and high <= 1.001):  # NaN fails both
                     raise InputError(f"float images must lie in [-1, 1] without NaN, got values from {low:.4g} to {high:.4g}")
             pixels = pixels.to(self.dtype)

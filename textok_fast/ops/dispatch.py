@@ -89,9 +89,14 @@ def choose(operation: str, *args: Any) -> str:
         return wanted
     defaults = _defaults.get(operation, {})
     for backend, rule in rules.items():
-        if _state.get(backend) == "" and not rule(*args) and not (backend in defaults and defaults[backend](*args)):
+        if _is_ready(backend) and not rule(*args) and not (backend in defaults and defaults[backend](*args)):
             return backend
     return REFERENCE
+
+
+def _is_ready(backend: str) -> bool:
+    """Whether it is loaded, or is PyTorch itself and needs no loading."""
+    return _state.get(backend) == "" or (backend not in _loaders and backend not in _state)
 
 
 def _is_transformed() -> bool:

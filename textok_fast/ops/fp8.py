@@ -36,7 +36,8 @@ def quantize_rows_reference(x: Tensor) -> RowScaled:
     A row with a NaN or an infinity gets that as its scale: no value in it is finite again, as in the unquantized row.
     """
     x = x.float()
-    scales = x.abs().amax(dim=-1) / E4M3_MAX  # (...)
+    # By a tensor: by a number torch multiplies on CUDA with its reciprocal, which rounds otherwise.
+    scales = x.abs().amax(dim=-1) / torch.full((), E4M3_MAX, device=x.device)  # (...)
     scales = torch.where(scales == 0, 1.0, scales)  # NaN stays NaN; a quotient below the smallest float32 is zero too
     values = (x / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return RowScaled(values, scales)

@@ -25,8 +25,9 @@ HALF = (torch.bfloat16, torch.float16)
 # torch 2.11 takes one scale a tensor there.
 CPU_SCALED_MM = torch.__version__ >= "2.13"
 
-# Up to so many rows a product is bound by reading the weights.
+# Up to so many rows a product is bound by reading the weights, and the Triton version is split along ``in``.
 SKINNY_ROWS = 128
+TRITON_FP8_ROWS = 512
 # The products (in, out) of DiT-XL's and of ViT-Base's blocks, and numbers of rows: what the choices are measured on.
 PRODUCTS = (
     *((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152)),
@@ -219,10 +220,11 @@ def _activate_and_quantize_rows(x: Tensor, activation: str) -> RowScaled:
 def fp8_choice(rows: int, inputs: int, outputs: int) -> Literal["scaled_mm", "triton"]:
     """Which backend multiplies (rows, inputs) by (outputs, inputs) on a GPU that has both.
 
-    Not measured yet: benchmarks/test_ops.py times :data:`PRODUCTS` on a GPU. Until then a rule: skinny products are split along
-    ``inputs`` by the Triton version, so that enough programs read the weights at once; all others are cuBLAS's ground.
+    By whole steps of DiT-XL on an H200, ms with scaled_mm and triton: 1.62 and 1.32 over 64 rows, 2.03 and 1.89 over 512, 7.55
+    and 8.80 over 4,096 (benchmarks/results/step-choices-h200-2026-11-27.json). Where between the last two they cross was not
+    measured.
     """
-    return "triton" if rows <= SKINNY_ROWS else "scaled_mm"
+    return "triton" if rows <= TRITON_FP8_ROWS else "scaled_mm"
 
 
 def _autocast_rule(x: Tensor) -> str:
@@ -264,15 +266,9 @@ def _triton_rule(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: st
 
 
 def _triton_default(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> str:
-    if not x.is_cuda:
-        return "interpreted kernels only check numbers"
-    if x.dtype not in HALF:
-        return "in float32 it does without tensor cores"
-    if needs_gradient(x, weight, bias):
-        return "the reference keeps more for the backward pass"
-    # Skinny products are split along ``in`` so that enough programs read the weight at once; larger ones are cuBLAS's ground.
-    # Not measured yet: benchmarks/PENDING.md lists the measurement.
-    return "" if math.prod(x.shape[:-1]) <= SKINNY_ROWS else f"above {SKINNY_ROWS} rows cuBLAS multiplies"
+    # A DiT-XL step as a CUDA graph on an H200, ms with cublaslt, reference, triton: 1.07, 1.13, 1.16 over 64 rows, 1.53, 1.62,
+    # 1.70 over 512, 7.15, 7.61, 7.77 over 4,096 (benchmarks/results/step-choices-h200-2026-11-27.json).
+    return "cuBLAS and a GELU of its own were faster at every size measured"
 
 
 def _fp8_rule(

@@ -47,7 +47,9 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int = 3) -> Tensor:
 def patchify_uint8_reference(images: Tensor, patch_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """:func:`patchify_uint8` in PyTorch."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    return patchify((images.to(work) / 127.5 - 1).permute(0, 3, 1, 2), patch_size).to(dtype)  # (B, H/p * W/p, 3 p p)
+    # By a tensor: by a number torch multiplies on CUDA with its reciprocal, which rounds otherwise.
+    values = images.to(work) / torch.full((), 127.5, dtype=work, device=images.device) - 1
+    return patchify(values.permute(0, 3, 1, 2), patch_size).to(dtype)  # (B, H/p * W/p, 3 p p)
 
 
 def unpatchify_uint8_reference(patches: Tensor, patch_size: int, rows: int | None = None) -> Tensor:
