@@ -222,15 +222,18 @@ def test_a_wrong_checkpoint_directory(run: Callable[..., Result], pictures: Path
     assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", out), "model.safetensors")
 
 
-def test_an_empty_caption_file(run: Callable[..., Result], model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_empty_caption_file(
+    run: Callable[..., Result], model: Path, make_tokenizer: Make, pictures: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n  \n")
     assert_one_line(run("sample", "--model", model, "--prompts", prompts, "--out", tmp_path / "t"), str(prompts), "no captions")
     prompts.write_bytes(b"\xff\xfe\x00")
     assert_one_line(run("sample", "--model", model, "--prompts", prompts, "--out", tmp_path / "t"), str(prompts))
+    reader = make_tokenizer().save_pretrained(tmp_path / "reader")  # of captions; `model` needs none
     for name in ("captions.jsonl", "captions.csv"):
         (pictures / name).write_text("")
-        assert_one_line(run("encode", "--model", model, "--images", pictures, "--out", tmp_path / "t"), "pictures")
+        assert_one_line(run("encode", "--model", reader, "--images", pictures, "--out", tmp_path / "t"), "pictures")
         (pictures / name).unlink()
 
 

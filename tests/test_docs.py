@@ -124,8 +124,10 @@ def public(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     put("turkeyju/tokenizer_tatitok_bl32_vae", "tatitok_vae")
     put("SoftVQVAE/sit-xl_softvq-l-32-512", "sit_1d")
     put("SoftVQVAE/dit-xl_softvq-l-64", "dit_1d")
-    for name in ("softvq-l-32-512", "softvq-l-64"):  # as many tokens and channels; a SoftVQ-VAE is in tests/interop
-        put(f"SoftVQVAE/{name}", "tatitok_vae")
+    put("MAETok/sit-xl_maetok-b-128-512", "sit_1d")
+    # As many tokens and channels; a SoftVQ-VAE and a MAETok are in tests/interop.
+    for name in ("SoftVQVAE/softvq-l-32-512", "SoftVQVAE/softvq-l-64", "MAETok/maetok-b-512"):
+        put(name, "tatitok_vae")
     diffusers = pytest.importorskip("diffusers")
     layers: dict[str, Any] = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 256}
     layers |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -163,7 +165,7 @@ def test_examples_of_weights(public: Path) -> None:
 def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
     text = read("README.md", "Bring your own weights")
     rows = re.findall(r"^\| (.*?) \| .*? \| `(textok-fast convert .*?)` \|$", text, flags=re.MULTILINE)
-    assert set(re.findall(r"`([\w-]+)`", "".join(kinds for kinds, _ in rows))) == set(interop.KINDS) - {"maetok"}
+    assert set(re.findall(r"`([\w-]+)`", "".join(kinds for kinds, _ in rows))) == set(interop.KINDS)
     for _, line in rows:
         convert, then = small(line)
         assert main(convert) == 0 and main(then) == 0, line

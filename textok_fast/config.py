@@ -83,6 +83,7 @@ class TexTokConfig:
     max_text_tokens: int = 256  # captions are cut after this many tokens
     text_positions: bool = False  # learned positions on the text tokens, as TA-TiTok; TexTok has a linear projection only
     text_split: str = ""  # non-empty: captions are cut here and encoded clause by clause, so that clauses are cached
+    text_window: bool = False  # captions are padded to max_text_tokens and all of these count, as TA-TiTok
     codebook_size: int = 4096  # vq
     normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok
     fsq_levels: tuple[int, ...] = ()  # fsq; empty: chosen from latent_dim
@@ -96,6 +97,7 @@ class TexTokConfig:
     pre_norm: bool = False  # a LayerNorm before the first block
     norm_eps: float = 1e-5  # of every LayerNorm
     rope: bool = False  # learned 2-D rotary positions of the patches, beside the others
+    modulated_decoder: bool = False  # its blocks scale and shift the latents' rows by the latents themselves, as MoVQ
     pixel_conv: bool = False  # a 3 x 3 convolution over the decoded picture
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
@@ -135,6 +137,8 @@ class TexTokConfig:
                 raise InputError(f"{side}width {width} is not a multiple of {side}heads {heads}")
             if self.rope and width // heads % 4:
                 raise InputError(f"rope turns pairs in two directions: a head's {width // heads} channels must divide by 4")
+        if self.text_window and self.text_split:
+            raise InputError("text_window pads whole captions: leave text_split empty")
         if self.bottleneck == "softvq" and self.num_tokens % self.soft_codebooks:
             raise InputError(f"num_tokens {self.num_tokens} is not a multiple of soft_codebooks {self.soft_codebooks}")
         if self.bottleneck == "fsq":

@@ -52,6 +52,28 @@ def read(out: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_a_tokenizer_without_text_takes_pictures_without_captions(
+    make_tokenizer: Make, pictures: Path, tmp_path: Path, format: Format
+) -> None:
+    tokenizer = make_tokenizer(text="none")
+    model = str(tokenizer.save_pretrained(tmp_path / "plain"))
+    report = encode_folder(model, str(pictures), tmp_path / "tokens", format)
+    assert report["pictures"] == 9 and report["skipped"] == {"corrupt image": 1}  # those with captions, and two without
+    assert decode_folder(model, tmp_path / "tokens", tmp_path / "back")["new"] == 9
+    found = read(tmp_path / "back")
+    picture = torch.from_numpy(np.array(Image.open(pictures / "a.png"))).unsqueeze(0)
+    wanted = tokenizer.decode(tokenizer.encode(picture), output="uint8")[0].numpy()
+    assert np.array_equal(found["a.png"], wanted)
+    for file in pictures.rglob("*.txt"):
+        file.unlink()
+    (pictures / "captions.jsonl").write_text('{"file_name": "a.png", "caption": "", "label": "7"}\n')
+    assert encode_folder(model, str(pictures), tmp_path / "listed", format)["pictures"] == 9  # those that are not listed too
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        archive.add(pictures / "a.png", "a.png")
+    assert encode_folder(model, str(tmp_path / "shard.tar"), tmp_path / "of-shard", format)["pictures"] == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_becomes_tokens_and_comes_back(model: str, pictures: Path, tmp_path: Path, format: Format) -> None:
     seen: list[tuple[int, int]] = []
     report = encode_folder(

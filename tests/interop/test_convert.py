@@ -159,10 +159,51 @@ def test_wrong_kinds_and_options_are_named(golden: Callable[[str], Any]) -> None
         interop.load("titok", weights)
     with pytest.raises(InputError, match="holds no model that is known here"):
         interop.load(None, {"w": torch.zeros(1)})
-    with pytest.raises(InputError, match="unexpected keyword argument 'guided'"):
+    with pytest.raises(InputError, match="dit has no option 'guided'; it has heads, guided_channels, learn_sigma, time_scale"):
         interop.load("dit", weights, heads=config["num_heads"], guided=3)
-    with pytest.raises(InputError, match="learn_sigma=False|learn_sigma=True"):
+    with pytest.raises(InputError, match="learn_sigma=True, but final_layer.linear.weight makes as many channels"):
         interop.load("dit-1d", golden("sit_1d")[0], heads=4)
+    for heads in (0, -2, 5, 1.5, "four", True):
+        for kind, name in (("dit", "dit_2d"), ("sit-1d", "sit_1d"), ("titok", "titok_vq")):
+            with pytest.raises(
+                InputError, match=f"heads must be a whole number that divides the width .*, got heads={heads!r}"
+            ):
+                interop.load(kind, golden(name)[0], heads=heads)
+    for nothing in (None, 3, [weights]):
+        with pytest.raises(InputError, match="weights are a file, a directory, a Hub id or a mapping .*, got "):
+            interop.load("dit", nothing)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sd-vae has no option 'heads'; it has image_size"):
+        interop.load("sd-vae", {"decoder.mid_block.resnets.0.conv1.weight": torch.zeros(1)}, heads=2)
+    with pytest.raises(InputError, match="the given state dict: .* missing y_embedder.embedding_table.weight"):
+        interop.load("dit", {key: value for key, value in weights.items() if "y_embedder" not in key})
+
+
+@torch.no_grad()
+def test_a_sit_with_learned_variance_leaves_it_out(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    """Its code drops the second half of the channels: the same weights with the first half's rows only."""
+    weights, io, config = golden("sit_1d")
+    wide = dict(weights)
+    for name in ("weight", "bias"):
+        last = wide[f"final_layer.linear.{name}"]
+        wide[f"final_layer.linear.{name}"] = torch.cat([last, torch.randn_like(last)])
+    model: Any = interop.load("sit-1d", wide, heads=config["num_heads"])
+    assert not model.config.learn_sigma
+    torch.testing.assert_close(model(io["x"], io["t"], io["y"]), io["out"], **CLOSE)
+    assert interop.guess_kind(interop.read_weights(wide)) == "dit-1d"  # nothing in it tells which
+    both: Any = interop.load(None, wide, heads=config["num_heads"])
+    torch.testing.assert_close(both(io["x"], io["t"], io["y"])[..., :6], io["out"], **CLOSE)
+    interop.convert("sit-1d", wide, tmp_path / "own", heads=config["num_heads"])
+    assert torch.equal(DiT.from_pretrained(tmp_path / "own")(io["x"], io["t"], io["y"]), model(io["x"], io["t"], io["y"]))
+
+
+@torch.no_grad()
+def test_heads_are_what_normalized_queries_tell() -> None:
+    model = awake(num_tokens=6, input_size=0, patch_size=1, qk_norm=True, learn_sigma=False, heads=4)
+    state = dict(model.state_dict())
+    x, t, y = torch.randn(2, 6, 4), torch.tensor([0.1, 0.7]), torch.tensor([1, 5])
+    torch.testing.assert_close(interop.load("sit-1d", state)(x, t, y), model(x, t, y), **CLOSE)
+    with pytest.raises(InputError, match="heads=2 of width 32 have 16 channels each, but attn.q_norm.weight has 8"):
+        interop.load("sit-1d", state, heads=2)
 
 
 # -- diffusers -----------------------------------------------------------------------------------------------------------------
@@ -191,7 +232,7 @@ def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(interop.to_diffusers_dit(ours)(x, t, y, return_dict=False)[0], ours(x, t, y), **CLOSE)
     peer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.add_(1)
     peer.save_pretrained(tmp_path / "uneven")
-    with pytest.raises(InputError, match="class_embedder.embedding_table.weight differs from block to block"):
+    with pytest.raises(InputError, match=r"blocks.1.norm1.emb.class_embedder.embedding_table.weight differs from block 0's"):
         interop.load("diffusers-dit", tmp_path / "uneven")
     with pytest.raises(InputError, match="2-D patches with class labels"):
         interop.to_diffusers_dit(awake(num_tokens=4, input_size=0, patch_size=1))

@@ -99,6 +99,79 @@ def test_another_caption_gives_another_picture(golden: Callable[[str], Any]) -> 
         plain.decode_tokens(io["indices"], torch.zeros(2, 7, 12))
 
 
+WORDS = ["!", "a", "red", "ball", "<unk>", "<start>", "<end>"]
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small CLIP text model and its tokenizer, as save_pretrained leaves them: 7 tokens of width 12, as the golden file."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    monkeypatch.setenv("TEXTOK_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 5), ("<end>", 6)]
+    )
+    special = {
+        "bos_token": "<start>",
+        "eos_token": "<end>",
+        "pad_token": "<end>",
+        "unk_token": "<unk>",
+    }  # CLIP pads with its end
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "clip")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(WORDS), max_position_embeddings=7, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, projection_dim=8, bos_token_id=5, eos_token_id=6, pad_token_id=6,
+    )  # fmt: skip
+    model = transformers.CLIPTextModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@torch.no_grad()
+def test_captions_become_the_features_that_its_authors_make(golden: Callable[[str], Any], clip: Path, tmp_path: Path) -> None:
+    """open_clip's: the last hidden states of all 7 tokens, those behind the end being token 0 and counting like the others."""
+    transformers = pytest.importorskip("transformers")
+    weights, io, _ = golden("tatitok_vq")
+    model: Any = interop.load("tatitok", weights, heads=HEADS, text_encoder=str(clip))
+    ids = torch.tensor([[5, 1, 2, 3, 6, 0, 0], [5, 2, 2, 2, 2, 2, 6]])  # the second is cut, and keeps its end
+    captions = ["a red ball", "red " * 9]
+    features = transformers.CLIPTextModel.from_pretrained(clip)(input_ids=ids).last_hidden_state  # (2, 7, 12)
+    wanted = model.decode_tokens(io["indices"], features)
+    torch.testing.assert_close(model.decode_tokens(io["indices"], captions), wanted, **CLOSE)
+    torch.testing.assert_close(model.decode_tokens(io["indices"], captions), wanted, **CLOSE)  # and from the cache
+    fast = TiTok(Engine(model.tokenizer, Plan()))
+    torch.testing.assert_close(fast.decode_tokens(io["indices"], captions), wanted, atol=2e-5, rtol=1e-4)
+    interop.convert("tatitok", weights, tmp_path / "own", heads=HEADS, text_encoder=str(clip))
+    own = TexTok.from_pretrained(tmp_path / "own")
+    tokens = io["indices"].squeeze(1)
+    torch.testing.assert_close(own.decode(tokens, captions), (2 * wanted - 1).clamp(-1, 1), atol=3e-5, rtol=1e-5)
+    found = own.text_features(captions, 2)
+    assert found is not None and found.mask.all()
+    torch.testing.assert_close(found.features, features, **CLOSE)
+    padded = transformers.CLIPTextModel.from_pretrained(clip)(input_ids=ids.where(ids != 0, 6)).last_hidden_state
+    assert not torch.allclose(found.features[0], padded[0], atol=1e-2)  # transformers pads with the end token
+
+
+def test_features_need_no_text_encoder_and_captions_say_what_they_lack(
+    golden: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    weights, io, _ = golden("tatitok_vq")
+    for name, message in ((str(tmp_path / "none"), "no text encoder at"), ("nobody/no-clip", "cannot get the text encoder")):
+        model: Any = interop.load("tatitok", weights, heads=HEADS, text_encoder=name)
+        torch.testing.assert_close(model.decode_tokens(io["indices"], io["text_guidance"]), io["decoded"], **CLOSE)
+        with pytest.raises(InputError, match=message):
+            model.decode_tokens(io["indices"], ["a red ball", "a"])
+    assert interop.convert_titok(weights, HEADS).config.text_encoder == "openai/clip-vit-large-patch14-336"
+
+
 def test_bad_input_is_named(golden: Callable[[str], Any]) -> None:
     model, io = loaded(golden, "titok_vq")
     with pytest.raises(InputError, match="in \\[0, 1\\], got torch.uint8"):
@@ -119,11 +192,11 @@ def test_weights_that_do_not_fit_are_named(golden: Callable[[str], Any]) -> None
     weights, _, _ = golden("titok_vq")
     without = {key: value for key, value in weights.items() if key != "encoder.transformer.1.attn.in_proj_bias"}
     for changed, message in (
-        (without, "encoder.transformer.1.attn.in_proj_bias is missing"),
+        (without, "not the weights of a TiTok: missing encoder.transformer.1.attn.in_proj_bias"),
         ({**weights, "decoder.extra": torch.zeros(1)}, "unexpected decoder.extra"),
         (
             {**weights, "decoder.transformer.0.mlp.c_fc.weight": torch.zeros(3, 3)},
-            "decoder.blocks.0.mlp.fc1.weight has the shape",
+            r"decoder.transformer.0.mlp.c_fc.weight has the shape \(3, 3\), wanted \(128, 32\)",
         ),
         ({**weights, "decoder.ffn.2.weight": torch.zeros(1)}, "two-stage TiTok"),
     ):
@@ -131,5 +204,5 @@ def test_weights_that_do_not_fit_are_named(golden: Callable[[str], Any]) -> None
             interop.load("titok", changed, heads=HEADS)
     with pytest.raises(InputError, match="width 32: give heads"):
         interop.load("titok", weights)
-    with pytest.raises(InputError, match="unexpected keyword argument 'colour'"):
+    with pytest.raises(InputError, match="titok has no option 'colour'; it has heads, normalize_codes$"):
         interop.load("titok", weights, colour=3)

@@ -33,13 +33,14 @@ __all__ = [
 ]
 
 
-def load_dataset(config: DataConfig, split: str, length: int | None = None) -> CaptionedImages:
+def load_dataset(config: DataConfig, split: str, length: int | None = None, need_captions: bool = True) -> CaptionedImages:
     """The captioned pictures of a configuration, a map-style data set of :class:`Example`.
 
     Args:
         config: where the pictures come from.
         split: one of :data:`SCENE_SPLITS` for scenes ("emoji", "stamps", "shapes"), of :data:`FILE_SPLITS` for files.
         length: how many scenes; they are generated when asked for, so any number is free. Not for files.
+        need_captions: whether files without a caption are left out; else theirs is "".
 
     Raises :class:`InputError` for an unknown source or split, and for a source with nothing to read.
     """
@@ -52,4 +53,4 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None) -> C
     if length is not None:
         raise InputError(f"length is for generated scenes; data.source={config.source} has the pictures it has")
     reader = FolderDataset if config.source == "folder" else WebDataset
-    return reader(config.path, split, config.image_size)
+    return reader(config.path, split, config.image_size, need_captions)

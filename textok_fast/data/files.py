@@ -30,10 +30,10 @@ VERIFY_AT_MOST = 20_000
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned picture that is not decoded yet. ``place`` tells the data set where its bytes are."""
+    """One picture that is not decoded yet. ``place`` tells the data set where its bytes are."""
 
     name: str  # distinct in the data set; the key is made from it
-    caption: str
+    caption: str  # "" for none
     label: str  # "" for none
     place: Any
 
@@ -42,22 +42,34 @@ class FileDataset(CaptionedImages):
     """Captioned image files, center-cropped to a square and resized to ``image_size``.
 
     The split is decided by a hash of the key: about 5 % (at least one) are "validation", the others "train"; "all" is both.
+    Pictures without a caption are counted in ``skipped``, unless ``need_captions`` is False; theirs is then "".
     A picture that turns out to be corrupt when it is read is counted in ``skipped`` and the next readable one takes its place.
     """
 
     source: str
 
-    def __init__(self, records: Sequence[Record], split: str, image_size: int, skipped: Counter[str], where: str) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        split: str,
+        image_size: int,
+        skipped: Counter[str],
+        where: str,
+        need_captions: bool = True,
+    ) -> None:
         if split not in FILE_SPLITS:
             raise InputError(f"{self.source} data have the splits {', '.join(FILE_SPLITS)}; got {split!r}")
         if image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
+        if need_captions:
+            skipped["missing caption"] += sum(not record.caption for record in records)
+            records = [record for record in records if record.caption]
         if len(records) <= VERIFY_AT_MOST:
             kept = [record for record in records if self._is_readable(record)]
             skipped["corrupt image"] += len(records) - len(kept)
             records = kept
         if not records:
-            raise InputError(f"{where} has no picture with a caption{describe_skipped(skipped)}")
+            raise InputError(f"{where} has no picture{' with a caption' * need_captions}{describe_skipped(skipped)}")
         self.image_size = image_size
         self.split = split
         self.skipped = {reason: count for reason, count in skipped.items() if count}

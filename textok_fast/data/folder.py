@@ -23,14 +23,14 @@ class FolderDataset(FileDataset):
     """The images below a folder.
 
     With a caption file each row has ``file_name`` (relative to the folder), ``caption`` and optionally ``label``; without one
-    the caption is the .txt file beside the image. Rows and images that lack their other half, empty captions and corrupt images
-    are counted in ``skipped``. Raises :class:`InputError` when nothing is left, and for a folder or caption file that cannot be
-    read.
+    the caption is the .txt file beside the image. Rows and images that lack their other half, empty captions (unless
+    ``need_captions`` is False) and corrupt images are counted in ``skipped``. Raises :class:`InputError` when nothing is left,
+    and for a folder or caption file that cannot be read.
     """
 
     source = "folder"
 
-    def __init__(self, path: str | Path, split: str, image_size: int) -> None:
+    def __init__(self, path: str | Path, split: str, image_size: int, need_captions: bool = True) -> None:
         self._root = Path(path)
         if not self._root.is_dir():
             raise InputError(f"data.path {str(path)!r} is not a directory; give a folder of images with captions")
@@ -39,7 +39,7 @@ class FolderDataset(FileDataset):
         if len(tables) > 1:
             log.warning("%s has %s: only %s is read", path, ", ".join(table.name for table in tables), tables[0].name)
         records = list(self._table_records(tables[0], skipped) if tables else self._text_records(skipped))
-        super().__init__(records, split, image_size, skipped, str(path))
+        super().__init__(records, split, image_size, skipped, str(path), need_captions)
 
     def _read(self, record: Record) -> bytes:
         data: bytes = (self._root / record.place).read_bytes()
@@ -60,10 +60,7 @@ class FolderDataset(FileDataset):
             except (OSError, UnicodeDecodeError):
                 skipped["unreadable caption"] += 1
                 continue
-            if caption:
-                yield Record(name, caption, "", name)
-            else:
-                skipped["missing caption"] += 1
+            yield Record(name, caption, "", name)
 
     def _table_records(self, table: Path, skipped: Counter[str]) -> Iterator[Record]:
         listed: set[str] = set()
@@ -77,11 +74,10 @@ class FolderDataset(FileDataset):
             listed.add(name)
             caption, label = row.get("caption"), row.get("label")
             text = normalize_caption(caption) if isinstance(caption, str) else ""
-            if not text:
-                skipped["missing caption"] += 1
-                continue
             yield Record(name, text, "" if label is None or label != label else str(label).strip(), name)
-        skipped["missing caption"] += len(set(self._image_names()) - listed)
+        for name in self._image_names():
+            if name not in listed:
+                yield Record(name, "", "", name)
 
 
 def read_table(table: Path, skipped: Counter[str]) -> Iterator[Mapping[str, Any]]:

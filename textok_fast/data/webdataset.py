@@ -33,15 +33,16 @@ _IMAGES = ("png", "jpg", "jpeg", "webp")
 class WebDataset(FileDataset):
     """Samples of tar shards: members that share a name up to the first dot belong together.
 
-    A sample needs an image (.png, .jpg, .jpeg or .webp) and a caption (.txt, or "caption" in .json); .cls or "label" in .json
-    is its class. ``path`` is a file, a directory of .tar files, a glob or a brace pattern such as ``shards/{000..003}.tar``.
+    A sample needs an image (.png, .jpg, .jpeg or .webp) and, unless ``need_captions`` is False, a caption (.txt, or "caption"
+    in .json); .cls or "label" in .json is its class. ``path`` is a file, a directory of .tar files, a glob or a brace pattern
+    such as ``shards/{000..003}.tar``.
     Samples that lack a part, corrupt images and unreadable shards are counted in ``skipped``; of a truncated shard the complete
     members are used. Raises :class:`InputError` when no shard matches or nothing is left.
     """
 
     source = "webdataset"
 
-    def __init__(self, path: str | Path, split: str, image_size: int) -> None:
+    def __init__(self, path: str | Path, split: str, image_size: int, need_captions: bool = True) -> None:
         shards = find_shards(str(path))
         if not shards:
             raise InputError(
@@ -49,7 +50,7 @@ class WebDataset(FileDataset):
             )
         skipped: Counter[str] = Counter()
         records = [record for shard in shards for record in _shard_records(shard, skipped)]
-        super().__init__(records, split, image_size, skipped, str(path))
+        super().__init__(records, split, image_size, skipped, str(path), need_captions)
 
     def _read(self, record: Record) -> bytes:
         shard, offset, size = record.place
@@ -121,9 +122,6 @@ def _shard_records(shard: str, skipped: Counter[str]) -> Iterator[Record]:
             skipped["missing image"] += 1
             continue
         caption, label = _caption_and_label(texts.get(name, {}))
-        if not caption:
-            skipped["missing caption"] += 1
-            continue
         # The shard's own name keeps equal sample names of two shards apart without depending on where the shards lie.
         yield Record(f"{Path(shard).stem}/{name}", caption, label, images[name])
 

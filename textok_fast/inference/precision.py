@@ -28,6 +28,7 @@ from textok_fast.modeling.layers import (
     CrossAttention,
     Mlp,
     Rotary,
+    RowModulation,
     TextTokens,
     ViTBlock,
     add_and_norm,
@@ -385,9 +386,14 @@ class Fp8ViTBlock(nn.Module):
         mask: Tensor | None = None,
         rows: slice | None = None,
         rotary: Rotary | None = None,
+        modulation: RowModulation | None = None,
     ) -> tuple[Tensor, Tensor | RowScaled]:
-        """As ``ViTBlock.forward``; ``hidden`` may come and go quantized."""
+        """As ``ViTBlock.forward``; ``hidden`` may come and go quantized, but where the block modulates it."""
         residual, norm = x if rows is None else x[:, rows], self.norm2
+        if modulation is not None and isinstance(hidden, Tensor):
+            branch = self.attn(modulation.before_attention(hidden), mask, rows, rotary)  # (B, N_rows, D)
+            x, hidden = add_and_norm(residual, branch, norm)
+            return add_and_norm(x, self.mlp(modulation.before_mlp(hidden)), following)
         branch = self.attn(hidden, mask, rows, rotary)  # (B, N_rows, D)
         x, hidden = ops.gated_residual_layer_norm(residual, branch, None, norm.weight, norm.bias, norm.eps, fp8=True)
         branch = self.mlp(hidden)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
@@ -26,7 +26,16 @@ from textok_fast.inference.execution import CapturedByShape, compiled, own_modes
 from textok_fast.inference.memory import MemoryEstimate, available_memory, require_fits, weights_estimate
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.precision import STREAM, SplitAttention, pack_linears, prepare, weight_bytes
-from textok_fast.modeling.layers import Attention, Rotary, TextProjection, ViTBlock, add_and_norm, is_plain, is_untouched
+from textok_fast.modeling.layers import (
+    Attention,
+    Rotary,
+    RowModulation,
+    TextProjection,
+    ViTBlock,
+    add_and_norm,
+    is_plain,
+    is_untouched,
+)
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
 from textok_fast.modeling.tokenizer import Captions, Decoder, Encoder, Images, TexTok, Tokens, to_uint8
 from textok_fast.ops.device import resolve_device
@@ -335,8 +344,11 @@ class _ViT(nn.Module):
     def _rotary(self, block: int) -> Rotary | None:
         return None if self._alike else Rotary(self._cos[block], self._sin[block], self._start)  # type: ignore[index]
 
-    def blocks(self, x: Tensor, text: ShortText) -> Tensor:
-        """x (B, M, D), what comes after the constant rows and before the text -> norm(last block's constant rows) (B, n, D)."""
+    def blocks(self, x: Tensor, text: ShortText, modulations: Sequence[RowModulation] | None = None) -> Tensor:
+        """x (B, M, D), what comes after the constant rows and before the text -> norm(last block's constant rows) (B, n, D).
+
+        ``modulations``: of each block, none of them of constant rows.
+        """
         batch, count = x.shape[0], self.rows.shape[1]
         tokens, mask = _text_rows(self.vit.text, text, batch)
         if mask is not None:
@@ -347,28 +359,34 @@ class _ViT(nn.Module):
         blocks, wanted = self.vit.blocks, self._read
         following: list[Any] = [*(block.norm1 for block in blocks[1:]), self.vit.norm]
         last, done = len(blocks) - 1, 0
+        modulated = [None] * len(blocks) if modulations is None else modulations
         if self.constant is None:
             hidden = blocks[0].norm1(torch.cat([self.rows.expand(batch, -1, -1), x], dim=1))  # type: ignore[operator]
             x = torch.cat([self.stream.expand(batch, -1, -1), x.to(STREAM)], dim=1)  # (B, n + M + N_t, D)
         else:
-            x, hidden = self._first_block(x, following[0], mask, wanted if last == 0 else None)
+            x, hidden = self._first_block(x, following[0], mask, wanted if last == 0 else None, modulated[0])
             done = 1
         for index in range(done, len(blocks)):
-            x, hidden = blocks[index](x, hidden, following[index], mask, wanted if index == last else None, self._rotary(index))
+            rows, rotary = wanted if index == last else None, self._rotary(index)
+            x, hidden = blocks[index](x, hidden, following[index], mask, rows, rotary, modulated[index])
         return hidden
 
     def _first_block(
-        self, x: Tensor, following: nn.LayerNorm, mask: Tensor | None, rows: slice | None
+        self, x: Tensor, following: nn.LayerNorm, mask: Tensor | None, rows: slice | None, modulation: RowModulation | None
     ) -> tuple[Tensor, Tensor]:
         """:meth:`ViTBlock.forward` of the constant rows and x (B, M, D)."""
         block, constant = self.vit.blocks[0], self.constant
         assert constant is not None and isinstance(block, ViTBlock)
-        qkv = block.attn.qkv(block.norm1(x))  # (B, M, 3 D)
+        hidden = block.norm1(x)
+        if modulation is not None:
+            hidden = modulation._replace(start=modulation.start - self.rows.shape[1]).before_attention(hidden)
+        qkv = block.attn.qkv(hidden)  # (B, M, 3 D)
         qkv = torch.cat([constant.qkv.expand(len(x), -1, -1), qkv], dim=1)  # (B, n + M, 3 D)
         x = torch.cat([self.stream.expand(len(x), -1, -1), x.to(STREAM)], dim=1)  # (B, n + M, D)
         out = constant.attend(qkv, mask)  # (B, n + M, D)
         x, out = (x, out) if rows is None else (x[:, rows], out[:, rows])
         x, hidden = add_and_norm(x, block.attn.proj(out), block.norm2)
+        hidden = hidden if modulation is None else modulation.before_mlp(hidden)
         return add_and_norm(x, block.mlp(hidden), following)
 
 
@@ -432,7 +450,8 @@ class FastDecoder(_ViT):
     def run(self, latents: Tensor, features: Tensor | None, mask: Tensor | None) -> Tensor:
         """latents (B, N, d); :class:`ShortText` -> flat patches (B, hw, 3 p p), not clamped."""
         x = self.vit.from_latents(latents) + self.vit.latent_positions  # type: ignore[operator]  # (B, N, D)
-        return self.vit.to_pixels(self.blocks(x, ShortText(features, mask)))  # type: ignore[operator]  # (B, hw, 3 p p)
+        hidden = self.blocks(x, ShortText(features, mask), self.vit.modulations(latents))  # type: ignore[operator]
+        return self.vit.to_pixels(hidden)  # type: ignore[operator]  # (B, hw, 3 p p)
 
 
 # -- in the model's place ----------------------------------------------------------------------------------------------------

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from textok_fast.diffusion import Objective
 from textok_fast.errors import InputError
 from textok_fast.interop.dit import load_diffusers_dit, load_dit
+from textok_fast.interop.layout import Shape, read_sizes
 from textok_fast.interop.softvq import ContinuousTokenizer, convert_softvq
 from textok_fast.interop.titok import TiTok, convert_titok
 from textok_fast.interop.weights import PIPELINE_NAME, Source, Weights, locate, read_weights
@@ -25,12 +27,13 @@ from textok_fast.modeling.tokenizer import TexTok
 class Kind:
     """A family of public weights.
 
-    ``build``: (weights, **options) -> our model. ``wrap``: our model -> an object with the peer's own calls; None where our
-    model has them itself. ``what``: for readers.
+    ``build``: (weights, **options) -> our model, with options of the names ``options``. ``wrap``: our model -> an object with
+    the peer's own calls; None where our model has them itself. ``what``: for readers.
     """
 
     what: str
     build: Callable[..., nn.Module]
+    options: tuple[str, ...]
     wrap: Callable[[nn.Module], nn.Module] | None = None
 
 
@@ -39,8 +42,8 @@ def _dit(weights: Weights, **options: Any) -> nn.Module:
 
 
 def _one_d(sigma: bool) -> Callable[..., nn.Module]:
-    def build(weights: Weights, heads: int | None = None, guided_channels: int = 0) -> nn.Module:
-        return load_dit(weights.state, heads, sigma, guided_channels)
+    def build(weights: Weights, **options: Any) -> nn.Module:
+        return load_dit(weights.state, learn_sigma=sigma, **options)
 
     return build
 
@@ -65,28 +68,42 @@ _SD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 def _sd_vae(weights: Weights, image_size: int | None = None) -> nn.Module:
     """diffusers' AutoencoderKL itself: ``encode(x).latent_dist``, ``decode(z).sample``."""
-    state = {}
-    for name, value in weights.state.items():
-        for old, new in _SD_VAE_NAMES.items():
-            name = name.replace(old, new) if ".attentions." in name else name
-        state[name] = value.flatten(1) if ".to_" in name and value.ndim == 4 else value  # once 1 x 1 convolutions
     size = {} if image_size is None else {"sample_size": image_size}
-    vae = build_autoencoder({**(weights.config or SD_VAE), **size})
+    with torch.device("meta"):
+        vae = build_autoencoder({**(weights.config or SD_VAE), **size})
+    given = weights.state
+    is_old = any(old in name for name in given for old in _SD_VAE_NAMES)
+    theirs: dict[str, str] = {}  # by our names
+    for ours in vae.state_dict():
+        theirs[ours] = ours
+        for old, new in _SD_VAE_NAMES.items() if is_old and ".attentions." in ours else ():
+            theirs[ours] = theirs[ours].replace(new, old)
+    layout: dict[str, Shape] = {}
+    for ours, value in vae.state_dict().items():
+        once_conv = ".to_" in ours and value.ndim == 2 and theirs[ours] in given and given[theirs[ours]].ndim == 4
+        layout[theirs[ours]] = (*value.shape, *((1, 1) if once_conv else ()))
+    read_sizes(given, layout, "AutoencoderKL")
+    state = {ours: given[theirs[ours]].reshape(value.shape) for ours, value in vae.state_dict().items()}
+    vae = vae.to_empty(device="cpu")
     load_state(vae, state, weights.source)
     LatentTokenizer(vae)  # InputError for a size that it does not decode to
     return vae
 
 
 KINDS: dict[str, Kind] = {
-    "dit": Kind("DiT over 2-D patches, as facebookresearch/DiT saves it", _dit),
-    "diffusers-dit": Kind("diffusers' DiTTransformer2DModel", _diffusers_dit),
-    "dit-1d": Kind("DiT over 1-D tokens with learned variance (SoftVQ-VAE)", _one_d(True)),
-    "sit-1d": Kind("SiT over 1-D tokens, a flow (SoftVQ-VAE, MAETok)", _one_d(False)),
-    "titok": Kind("TiTok, single-stage, VQ or KL", _titok, TiTok),
-    "tatitok": Kind("TA-TiTok, VQ or KL", _titok, TiTok),
-    "softvq": Kind("SoftVQ-VAE's tokenizer", _softvq, ContinuousTokenizer),
-    "maetok": Kind("MAETok's tokenizer", _softvq, ContinuousTokenizer),
-    "sd-vae": Kind("Stable Diffusion's autoencoder f8, through diffusers", _sd_vae),
+    "dit": Kind(
+        "DiT over 2-D patches, as facebookresearch/DiT saves it",
+        _dit,
+        ("heads", "guided_channels", "learn_sigma", "time_scale"),
+    ),
+    "diffusers-dit": Kind("diffusers' DiTTransformer2DModel", _diffusers_dit, ("guided_channels", "frequency_shift")),
+    "dit-1d": Kind("DiT over 1-D tokens with learned variance (SoftVQ-VAE)", _one_d(True), ("heads", "guided_channels")),
+    "sit-1d": Kind("SiT over 1-D tokens, a flow (SoftVQ-VAE, MAETok)", _one_d(False), ("heads", "guided_channels")),
+    "titok": Kind("TiTok, single-stage, VQ or KL", _titok, ("heads", "normalize_codes"), TiTok),
+    "tatitok": Kind("TA-TiTok, VQ or KL", _titok, ("heads", "normalize_codes", "text_encoder"), TiTok),
+    "softvq": Kind("SoftVQ-VAE's tokenizer", _softvq, ("heads", "temperature", "axial_theta"), ContinuousTokenizer),
+    "maetok": Kind("MAETok's tokenizer", _softvq, ("heads", "axial_theta"), ContinuousTokenizer),
+    "sd-vae": Kind("Stable Diffusion's autoencoder f8, through diffusers", _sd_vae, ("image_size",)),
 }
 # The objective and the noise schedule that each was trained with as published.
 OBJECTIVES: dict[str, tuple[Objective, str]] = {
@@ -111,8 +128,8 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
     Args:
         kind: of :data:`KINDS`; None guesses it from the names of the tensors.
         weights: as :func:`read_weights` takes them.
-        options: what shapes do not tell: ``heads``, ``guided_channels``, ``normalize_codes``, ``temperature``, ... by kind;
-            their defaults are the published ones.
+        options: what shapes do not tell: ``heads``, ``guided_channels``, ``normalize_codes``, ``temperature``, ... by kind
+            (``KINDS[kind].options``); their defaults are the published ones.
 
     Raises: InputError for an unknown kind or option, for weights of another kind, naming the key, and for a file that is not
         what it claims.
@@ -122,7 +139,7 @@ def load(kind: str | None, weights: Source, **options: Any) -> nn.Module:
 
 def load_and_tell(kind: str | None, weights: Source, **options: Any) -> tuple[nn.Module, str]:
     """:func:`load`, and which kind it was: of :data:`KINDS`, or "" for a directory in our own format."""
-    weights = weights if isinstance(weights, Mapping) else locate(weights)
+    weights = locate(weights) if isinstance(weights, str | Path) else weights
     if (ours := _ours(weights)) is not None:
         if options:
             raise InputError(f"{weights} is in this library's format and knows its sizes: leave out {', '.join(options)}")
@@ -135,7 +152,7 @@ def load_and_tell(kind: str | None, weights: Source, **options: Any) -> tuple[nn
 
 def _ours(source: Source) -> nn.Module | None:
     """The model of a directory in our own format, wrapped as :func:`load` says; None for all else."""
-    if isinstance(source, Mapping) or not (directory := Path(source).expanduser()).is_dir():
+    if not isinstance(source, str | Path) or not (directory := Path(source).expanduser()).is_dir():
         return None
     kind = read_config(directory).get("model_type") if (directory / CONFIG_NAME).is_file() else None
     if kind == DiT.model_type:
@@ -155,14 +172,17 @@ def _built(kind: str | None, found: Weights, options: dict[str, Any]) -> tuple[n
     likely = guess_kind(found, name)
     if likely != name and {likely, name} not in ({"titok", "tatitok"}, {"dit-1d", "sit-1d"}):
         raise InputError(f"{found.source} looks like {likely} ({KINDS[likely].what}), not like {name}")
-    build = KINDS[name].build
-    options = {{"num_heads": "heads"}.get(key, key): value for key, value in options.items()}  # either word
+    taken = KINDS[name].options
+    if "heads" in taken and "num_heads" in options:  # either word
+        options = {{"num_heads": "heads"}.get(key, key): value for key, value in options.items()}
+    if unknown := [key for key in options if key not in taken]:
+        raise InputError(f"{name} has no option {unknown[0]!r}; it has {', '.join(taken) or 'none'}")
     try:
-        return build(found, **options), KINDS[name]
-    except TypeError as error:
+        return KINDS[name].build(found, **options), KINDS[name]
+    except TypeError as error:  # of an option's value
         raise InputError(f"{name}: {error}") from None
-    except (RuntimeError, IndexError) as error:  # a shape that none of the others goes with
-        raise InputError(f"the shapes in {found.source} do not belong together as {name}'s: {error}") from None
+    except InputError as error:
+        raise InputError(f"{found.source}: {error}") from None
 
 
 def guess_kind(weights: Weights, otherwise: str | None = None) -> str:
@@ -179,8 +199,8 @@ def guess_kind(weights: Weights, otherwise: str | None = None) -> str:
     if "x_embedder.proj.weight" in names:
         return "dit"
     if "x_embedder.weight" in names and "final_layer.linear.weight" in names:
-        channels = weights.state["x_embedder.weight"].shape[-1]
-        return "dit-1d" if len(weights.state["final_layer.linear.weight"]) == 2 * channels else "sit-1d"
+        inputs, outputs = weights.state["x_embedder.weight"].shape[-1:], weights.state["final_layer.linear.weight"].shape[:1]
+        return "dit-1d" if inputs and outputs == (2 * inputs[0],) else "sit-1d"
     if otherwise is not None:
         return otherwise
     raise InputError(
@@ -242,7 +262,7 @@ def convert(
 
 def _parts(weights: Source, tokenizer: Source | None) -> tuple[Source, Source | None]:
     """Of a directory that diffusers' DiTPipeline saved its transformer and, unless another tokenizer is given, its VAE."""
-    if isinstance(weights, Mapping):
+    if not isinstance(weights, str | Path):
         return weights, tokenizer
     path = locate(weights)
     if not (path / PIPELINE_NAME).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -9,12 +10,28 @@ from torch import Tensor, nn
 
 from textok_fast.config import DiTConfig
 from textok_fast.errors import InputError
+from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import load_state
 
 # Attention heads by width in the published sizes; the shapes of a state dict do not tell.
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 TRAINING_ONLY = ("projectors.",)  # of REPA's loss, beside the network
+
+
+_BLOCK: dict[str, Shape] = {
+    "attn.qkv.weight": ("3 D", "D"),
+    "attn.qkv.bias": ("3 D",),
+    "attn.proj.weight": ("D", "D"),
+    "attn.proj.bias": ("D",),
+    "mlp.fc1.weight": ("M", "D"),
+    "mlp.fc1.bias": ("M",),
+    "mlp.fc2.weight": ("D", "M"),
+    "mlp.fc2.bias": ("D",),
+    "adaLN_modulation.1.weight": ("6 D", "D"),
+    "adaLN_modulation.1.bias": ("6 D",),
+}
+_QK_NORM: dict[str, Shape] = {f"attn.{each}_norm.{name}": ("H",) for each in "qk" for name in ("weight", "bias")}
 
 
 def load_dit(
@@ -28,35 +45,67 @@ def load_dit(
 
     Args:
         state: the peer's tensors by name: 2-D patches (``x_embedder.proj.weight`` of 4 dimensions) or 1-D tokens.
-        heads: attention heads; None for the published number at that width.
-        learn_sigma: whether the output carries variance channels; None reads it from the shapes.
+        heads: attention heads; None for the number that qk-norm tells, else the published one at that width.
+        learn_sigma: whether the output carries variance channels; None reads it from the shapes, False leaves out those that
+            the weights have, as SiT's own code does in its forward.
         guided_channels: of the sample, those that guidance changes: 3 in DiT's own code; 0 for all.
         time_scale: t is multiplied by it first; SiT's t in [0, 1] is taken as it is.
 
     Raises: InputError naming a missing, unexpected or misshapen key, or an unknown number of heads.
     """
     state = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
-    try:
-        config = _read_config(state, heads)
-        if config["input_size"]:
-            p, c_out = config["patch_size"], len(state["final_layer.linear.bias"]) // config["patch_size"] ** 2
-            state["x_embedder.weight"] = state.pop("x_embedder.proj.weight").flatten(1)  # (D, C p p)
-            state["x_embedder.bias"] = state.pop("x_embedder.proj.bias")
-            for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-                # The peer writes a patch as row, column, channel; ours is channel, row, column, as in the embedding.
-                state[key] = state[key].unflatten(0, (p, p, c_out)).movedim(2, 0).flatten(0, 2)
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(f"this is not a DiT state dict: {error.args[0]} is missing") from None
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise InputError(f"this is not a DiT state dict: {error}") from None
-    found = config["out_channels"] == 2 * config["in_channels"]
-    if learn_sigma is not None and learn_sigma != found:
-        raise InputError(f"learn_sigma={learn_sigma}, but the final layer has {config['out_channels']} channels")
-    del config["out_channels"]
-    given = {"learn_sigma": found, "guided_channels": guided_channels, "time_scale": time_scale}
-    return _built(DiTConfig(**config, **given), state)
+    patches = any(key.startswith("x_embedder.proj.") for key in state)
+    embedder = "x_embedder.proj" if patches else "x_embedder"
+    depth = count_blocks(state, "blocks.", _BLOCK)
+    qk_norm = holds(state, (f"blocks.{index}.{name}" for index in range(depth) for name in _QK_NORM))
+    layout: dict[str, Shape] = {
+        f"{embedder}.weight": ("D", "C", "p", "p") if patches else ("D", "C"),
+        f"{embedder}.bias": ("D",),
+        "pos_embed": (1, "G G" if patches else "N", "D"),
+        "t_embedder.mlp.0.weight": ("D", 256),
+        "t_embedder.mlp.0.bias": ("D",),
+        "t_embedder.mlp.2.weight": ("D", "D"),
+        "t_embedder.mlp.2.bias": ("D",),
+        "y_embedder.embedding_table.weight": ("K", "D"),
+        "final_layer.linear.weight": ("p p O" if patches else "O", "D"),
+        "final_layer.linear.bias": ("p p O" if patches else "O",),
+        "final_layer.adaLN_modulation.1.weight": ("2 D", "D"),
+        "final_layer.adaLN_modulation.1.bias": ("2 D",),
+    }
+    block = {**_BLOCK, **(_QK_NORM if qk_norm else {})}
+    layout |= {f"blocks.{index}.{name}": shape for index in range(depth) for name, shape in block.items()}
+    sizes = read_sizes(state, layout, "DiT over patches" if patches else "DiT over 1-D tokens")
+    width, channels, outputs, p = sizes["D"], sizes["C"], sizes["O"], sizes.get("p", 1)
+    if outputs not in (channels, 2 * channels):
+        raise InputError(
+            f"{shape_of(state, 'final_layer.linear.weight')} makes {outputs} channels, wanted {channels}, or {2 * channels} "
+            f"with learned variance: {shape_of(state, f'{embedder}.weight')} takes {channels}"
+        )
+    if learn_sigma and outputs == channels:
+        raise InputError(f"learn_sigma=True, but final_layer.linear.weight makes as many channels as there are: {channels}")
+    keep = outputs if learn_sigma is None or learn_sigma else channels
+    if patches:
+        state["x_embedder.weight"] = state.pop("x_embedder.proj.weight").flatten(1)  # (D, C p p)
+        state["x_embedder.bias"] = state.pop("x_embedder.proj.bias")
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        # The peer writes a patch as row, column, channel; ours is channel, row, column, as in the embedding.
+        state[key] = state[key].unflatten(0, (p, p, outputs)).movedim(2, 0)[:keep].flatten(0, 2)
+    config = DiTConfig(
+        width=width,
+        heads=published_heads(width, heads, head_dim=sizes.get("H")),
+        depth=depth,
+        mlp_ratio=mlp_ratio(sizes["M"], width),
+        num_classes=sizes["K"] - 1,
+        num_tokens=sizes.get("N", 0),
+        input_size=sizes["G"] * p if patches else 0,
+        patch_size=p,
+        in_channels=channels,
+        qk_norm=qk_norm,
+        learn_sigma=keep == 2 * channels,
+        guided_channels=guided_channels,
+        time_scale=time_scale,
+    )
+    return _built(config, state)
 
 
 def _built(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
@@ -67,35 +116,28 @@ def _built(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
     return model.eval()
 
 
-def _read_config(state: dict[str, Tensor], heads: int | None) -> dict[str, Any]:
-    width, positions = state["pos_embed"].shape[2], state["pos_embed"].shape[1]
-    config: dict[str, Any] = {
-        "width": width,
-        "heads": published_heads(width, heads),
-        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "num_tokens": 0,
-        "input_size": 0,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
-    }
-    outputs = state["final_layer.linear.weight"].shape[0]
-    if "x_embedder.proj.weight" in state:
-        _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        config |= {"in_channels": channels, "patch_size": patch, "input_size": round(positions**0.5) * patch}
-    else:
-        channels, patch = state["x_embedder.weight"].shape[1], 1
-        config |= {"in_channels": channels, "num_tokens": positions}
-    return {**config, "out_channels": outputs // patch**2}
+def published_heads(width: int, heads: int | None, others: Mapping[int, int] | None = None, head_dim: int | None = None) -> int:
+    """``heads``; for None what heads of ``head_dim`` channels make, or what the published model of this width has, one of
+    ``others`` before a DiT.
 
-
-def published_heads(width: int, heads: int | None = None) -> int:
-    """``heads``, or what the published model of this width has; InputError where there is none."""
+    Raises: InputError where there is none, or it does not divide the width or contradicts ``head_dim``.
+    """
     if heads is None:
-        heads = PUBLISHED_HEADS.get(width)
-        if heads is None:
-            raise InputError(f"no published model has width {width}: give heads=...")
+        heads = width // head_dim if head_dim else {**PUBLISHED_HEADS, **(others or {})}.get(width)
+    if heads is None:
+        raise InputError(f"no published model has width {width}: give heads=...")
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise InputError(f"heads must be a whole number that divides the width {width}, got heads={heads!r}")
+    if head_dim and heads * head_dim != width:
+        raise InputError(
+            f"heads={heads} of width {width} have {width // heads} channels each, but attn.q_norm.weight has {head_dim}"
+        )
     return heads
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio of which int(width * ratio) is ``hidden``."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 # -- diffusers -----------------------------------------------------------------------------------------------------------------
@@ -115,34 +157,44 @@ def load_diffusers_dit(
     """
     state = dict(state)
     try:
-        heads, p = int(about["num_attention_heads"]), int(about["patch_size"])
-        width, channels = heads * int(about["attention_head_dim"]), int(about["in_channels"])
-        size, depth = int(about["sample_size"]), int(about["num_layers"])
+        heads, p, channels = int(about["num_attention_heads"]), int(about["patch_size"]), int(about["in_channels"])
+        width, size, depth = heads * int(about["attention_head_dim"]), int(about["sample_size"]), int(about["num_layers"])
         c_out = int(about.get("out_channels") or channels)
-        embedders = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
-        taken = {
-            "x_embedder.weight": state.pop("pos_embed.proj.weight").flatten(1),  # (D, C p p)
-            "x_embedder.bias": state.pop("pos_embed.proj.bias"),
-            "y_embedder.embedding_table.weight": _shared(state, depth, "class_embedder.embedding_table.weight"),
-        }
-        state.pop("pos_embed.pos_embed", None)
-        for name in ("weight", "bias"):
-            taken |= {f"{ours}.{name}": _shared(state, depth, f"{theirs}.{name}") for ours, theirs in embedders.items()}
-            # A patch's numbers: theirs row, column, channel; ours channel, row, column.
-            last = state.pop(f"proj_out_2.{name}").unflatten(0, (p, p, c_out))
-            taken[f"final_layer.linear.{name}"] = last.movedim(2, 0).flatten(0, 2)
-            taken[f"final_layer.adaLN_modulation.1.{name}"] = state.pop(f"proj_out_1.{name}")
-            for index in range(depth):
-                theirs, block = f"transformer_blocks.{index}", f"blocks.{index}"
-                qkv = [state.pop(f"{theirs}.attn1.to_{part}.{name}") for part in "qkv"]
-                taken[f"{block}.attn.qkv.{name}"] = torch.cat(qkv)
-                taken |= {f"{block}.{ours}.{name}": state.pop(f"{theirs}.{key}.{name}") for ours, key in _DIFFUSERS.items()}
     except KeyError as error:
-        raise InputError(f"this is not diffusers' DiTTransformer2DModel: {error.args[0]} is missing") from None
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"this is not diffusers' DiTTransformer2DModel: {error}") from None
-    if state:
-        raise InputError(f"unexpected {', '.join(list(state)[:3])} in the weights of a DiTTransformer2DModel")
+        raise InputError(f"config.json is not diffusers' DiTTransformer2DModel's: {error.args[0]} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"config.json is not diffusers' DiTTransformer2DModel's: {error}") from None
+    if c_out not in (channels, 2 * channels):
+        raise InputError(f"config.json: out_channels {c_out} is neither in_channels {channels} nor twice as many")
+    if min(heads, p, channels, width, size, depth) < 1:
+        raise InputError("config.json: the sizes of a DiTTransformer2DModel are at least 1")
+    state.pop("pos_embed.pos_embed", None)  # fixed sinusoids, which some versions save
+    layout: dict[str, Shape] = {
+        "pos_embed.proj.weight": ("D", "C", "p", "p"),
+        "pos_embed.proj.bias": ("D",),
+        "proj_out_1.weight": ("2 D", "D"),
+        "proj_out_1.bias": ("2 D",),
+        "proj_out_2.weight": ("p p O", "D"),
+        "proj_out_2.bias": ("p p O",),
+    }
+    layout |= {f"transformer_blocks.{i}.{key}": shape for i in range(depth) for key, shape in _DIFFUSERS_BLOCK.items()}
+    sizes = read_sizes(state, layout, "DiTTransformer2DModel", {"D": width, "C": channels, "p": p, "O": c_out})
+    taken = {
+        "x_embedder.weight": state["pos_embed.proj.weight"].flatten(1),  # (D, C p p)
+        "x_embedder.bias": state["pos_embed.proj.bias"],
+        "y_embedder.embedding_table.weight": _shared(state, depth, "class_embedder.embedding_table.weight"),
+    }
+    for name in ("weight", "bias"):
+        for layer, number in ((0, 1), (2, 2)):
+            taken[f"t_embedder.mlp.{layer}.{name}"] = _shared(state, depth, f"timestep_embedder.linear_{number}.{name}")
+        # A patch's numbers: theirs row, column, channel; ours channel, row, column.
+        last = state[f"proj_out_2.{name}"].unflatten(0, (p, p, c_out))
+        taken[f"final_layer.linear.{name}"] = last.movedim(2, 0).flatten(0, 2)
+        taken[f"final_layer.adaLN_modulation.1.{name}"] = state[f"proj_out_1.{name}"]
+        for index in range(depth):
+            theirs, block = f"transformer_blocks.{index}", f"blocks.{index}"
+            taken[f"{block}.attn.qkv.{name}"] = torch.cat([state[f"{theirs}.attn1.to_{part}.{name}"] for part in "qkv"])
+            taken |= {f"{block}.{ours}.{name}": state[f"{theirs}.{key}.{name}"] for ours, key in _DIFFUSERS.items()}
     config = DiTConfig(
         input_size=size,
         patch_size=p,
@@ -150,8 +202,8 @@ def load_diffusers_dit(
         width=width,
         heads=heads,
         depth=depth,
-        mlp_ratio=len(taken["blocks.0.mlp.fc1.bias"]) / width,
-        num_classes=len(taken["y_embedder.embedding_table.weight"]) - 1,
+        mlp_ratio=mlp_ratio(sizes["M"], width),
+        num_classes=sizes["K"] - 1,
         learn_sigma=c_out == 2 * channels,
         guided_channels=guided_channels,
         frequency_shift=frequency_shift,
@@ -171,15 +223,30 @@ _DIFFUSERS = {
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
+_DIFFUSERS_BLOCK: dict[str, Shape] = {
+    **{f"attn1.to_{part}.weight": ("D", "D") for part in ("q", "k", "v", "out.0")},
+    **{f"attn1.to_{part}.bias": ("D",) for part in ("q", "k", "v", "out.0")},
+    "ff.net.0.proj.weight": ("M", "D"),
+    "ff.net.0.proj.bias": ("M",),
+    "ff.net.2.weight": ("D", "M"),
+    "ff.net.2.bias": ("D",),
+    "norm1.linear.weight": ("6 D", "D"),
+    "norm1.linear.bias": ("6 D",),
+    "norm1.emb.timestep_embedder.linear_1.weight": ("D", 256),
+    "norm1.emb.timestep_embedder.linear_1.bias": ("D",),
+    "norm1.emb.timestep_embedder.linear_2.weight": ("D", "D"),
+    "norm1.emb.timestep_embedder.linear_2.bias": ("D",),
+    "norm1.emb.class_embedder.embedding_table.weight": ("K", "D"),
+}
 
 
 def _shared(state: dict[str, Tensor], depth: int, name: str) -> Tensor:
     """What diffusers keeps in every block and the published model once."""
     keys = [f"transformer_blocks.{index}.norm1.emb.{name}" for index in range(depth)]
-    first, *others = (state.pop(key) for key in keys)
-    if not all(torch.equal(first, each) for each in others):
-        raise InputError(f"{name} differs from block to block: a DiT embeds time and class once for all of them")
-    return first
+    for key in keys[1:]:
+        if not torch.equal(state[keys[0]], state[key]):
+            raise InputError(f"{key} differs from block 0's: a DiT embeds time and class once for all of its blocks")
+    return state[keys[0]]
 
 
 def to_diffusers_dit(model: DiT) -> nn.Module:

@@ -8,6 +8,8 @@ first and the last weights.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,29 +17,28 @@ from torch import Tensor, nn
 
 from textok_fast.errors import InputError
 from textok_fast.interop.dit import published_heads
+from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
 from textok_fast.interop.vit import config_of, load_texttok, pixel_rows
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
 
 CLIP = "openai/clip-vit-large-patch14-336"  # whose token features TA-TiTok reads
 _PUBLISHED = {512: 8}  # attention heads; the other widths have those of DiT
+# Theirs -> ours, in a block.
 _BLOCK = {
-    "ln_1.weight": "norm1.weight",
-    "ln_1.bias": "norm1.bias",
-    "attn.in_proj_weight": "attn.qkv.weight",
-    "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj.weight": "attn.proj.weight",
-    "attn.out_proj.bias": "attn.proj.bias",
-    "ln_2.weight": "norm2.weight",
-    "ln_2.bias": "norm2.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
+    "ln_1": "norm1",
+    "attn.in_proj": "attn.qkv",
+    "attn.out_proj": "attn.proj",
+    "ln_2": "norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
 }
+_TEXT = ("decoder.text_guidance_proj.weight", "decoder.text_guidance_proj.bias", "decoder.text_guidance_positional_embedding")
 
 
-def convert_titok(state: dict[str, Tensor], heads: int | None = None, normalize_codes: bool = True) -> TexTok:
+def convert_titok(
+    state: dict[str, Tensor], heads: int | None = None, normalize_codes: bool = True, text_encoder: str = CLIP
+) -> TexTok:
     """A :class:`TexTok` in eval mode from the state dict of a TiTok or a TA-TiTok, VQ or KL; sizes are read from the shapes.
 
     Its null caption is what TA-TiTok makes of features that are all zero: it was trained with captions only.
@@ -45,96 +46,132 @@ def convert_titok(state: dict[str, Tensor], heads: int | None = None, normalize_
     Args:
         heads: attention heads; None for the published number at that width, on each side.
         normalize_codes: whether codes are compared by cosine; all published ones are.
+        text_encoder: TA-TiTok's: where captions find CLIP's text model, a directory or a Hub id.
 
     Raises: InputError naming a missing, unexpected or misshapen key, and for a two-stage TiTok, which decodes through a VQGAN.
     """
-    state = dict(state)
-    if "decoder.ffn.2.weight" in state or any(key.startswith("pixel_decoder.") for key in state):
+    second = next((key for key in state if key == "decoder.ffn.2.weight" or key.startswith("pixel_decoder.")), None)
+    if second is not None:
         raise InputError(
-            "this is a two-stage TiTok, whose decoder makes codes of a MaskGIT-VQGAN: only single-stage ones are taken, such "
-            "as tokenizer_titok_bl64_vq8k_imagenet and all of TA-TiTok"
+            f"this is a two-stage TiTok, whose decoder makes codes of a MaskGIT-VQGAN (it has {second}): only single-stage "
+            "ones are taken, such as tokenizer_titok_bl64_vq8k_imagenet and all of TA-TiTok"
         )
-    take = state.pop
-    try:
-        encoder, decoder = _side(state, "encoder", heads), _side(state, "decoder", heads)
-        channels = state["decoder.decoder_embed.weight"].shape[1]
-        outputs = len(state["encoder.conv_out.bias"])
-        has_text = "decoder.text_guidance_proj.weight" in state
-        patches, p = state["encoder.positional_embedding"].shape[0] - 1, state["encoder.patch_embed.weight"].shape[-1]
-        options: dict[str, Any] = {
-            "image_size": round(patches**0.5) * p,
-            "patch_size": p,
-            "num_tokens": len(state["latent_tokens"]),
-            "latent_dim": channels,
-            "bottleneck": "kl" if outputs == 2 * channels else "vq",
-            "text": "decoder" if has_text else "none",
-            "registers": 1,
-            "decoder_registers": 1,
-            "pre_norm": True,
-            "pixel_conv": True,
-        }
-        if has_text:
-            length, dim = (
-                state["decoder.text_guidance_positional_embedding"].shape[0],
-                state["decoder.text_guidance_proj.weight"].shape[1],
-            )
-            options |= {"text_positions": True, "max_text_tokens": length, "text_dim": dim, "text_encoder": CLIP}
-        taken = {**encoder.blocks, **decoder.blocks}
-        embed, bias = take("encoder.patch_embed.weight").flatten(1), take("encoder.patch_embed.bias")  # (D, 3 p p)
-        taken["encoder.patch_embed.weight"] = embed / 2  # their x in [0, 1] is (x + 1) / 2 of ours
-        taken["encoder.patch_embed.bias"] = bias + embed.sum(1) / 2
-        places, register = take("encoder.positional_embedding"), take("encoder.class_embedding")
-        taken["encoder.patch_positions"] = places[1:]
-        latents = take("latent_tokens") + take("encoder.latent_token_positional_embedding")
-        taken["encoder.latents"] = torch.cat([latents, register + places[:1]])
-        taken["encoder.to_latents.weight"] = take("encoder.conv_out.weight").flatten(1)
-        taken["encoder.to_latents.bias"] = take("encoder.conv_out.bias")
-        places, register = take("decoder.positional_embedding"), take("decoder.class_embedding")
-        taken["decoder.queries"] = torch.cat([take("decoder.mask_token")[0] + places[1:], register + places[:1]])
-        taken["decoder.from_latents.weight"] = take("decoder.decoder_embed.weight")
-        taken["decoder.from_latents.bias"] = take("decoder.decoder_embed.bias")
-        taken["decoder.latent_positions"] = take("decoder.latent_token_positional_embedding")
-        taken["decoder.to_pixels.weight"] = pixel_rows(take("decoder.ffn.0.weight").flatten(1), p)
-        taken["decoder.to_pixels.bias"] = pixel_rows(take("decoder.ffn.0.bias"), p)
-        taken["decoder.conv_out.weight"] = 2 * take("decoder.conv_out.weight")  # to [-1, 1]
-        taken["decoder.conv_out.bias"] = 2 * take("decoder.conv_out.bias") - 1
-        if has_text:
-            taken["decoder.text.proj.weight"] = take("decoder.text_guidance_proj.weight")
-            taken["decoder.text.proj.bias"] = take("decoder.text_guidance_proj.bias")
-            taken["decoder.text.positions"] = take("decoder.text_guidance_positional_embedding")
-            taken["decoder.text.null"] = taken["decoder.text.proj.bias"] + taken["decoder.text.positions"][0]
-        if options["bottleneck"] == "vq":
-            taken["bottleneck.codebook"] = take("quantize.embedding.weight")
-            options |= {"codebook_size": len(taken["bottleneck.codebook"]), "normalize_codes": normalize_codes}
-            state.pop("quantize.embed_prob", None)  # how often a code was used in training
-    except KeyError as error:
-        raise InputError(f"this is not a TiTok state dict: {error.args[0]} is missing") from None
-    except InputError:
-        raise
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise InputError(f"this is not a TiTok state dict: {error}") from None
-    if state:
-        raise InputError(f"unexpected {', '.join(list(state)[:3])} in the weights of a TiTok")
-    return load_texttok(config_of(encoder.sizes, decoder.sizes, options), taken)
+    state = {key: value for key, value in state.items() if key != "quantize.embed_prob"}  # how often training used a code
+    has_text, has_codes = holds(state, _TEXT), "quantize.embedding.weight" in state
+    what = "TA-TiTok" if has_text else "TiTok"
+    depths = {side: count_blocks(state, f"{side}.transformer.", _block("D")) for side in ("encoder", "decoder")}
+    layout: dict[str, Shape] = {
+        "latent_tokens": ("N", "D"),
+        "encoder.patch_embed.weight": ("D", 3, "p", "p"),
+        "encoder.patch_embed.bias": ("D",),
+        "encoder.conv_out.weight": ("O", "D", 1, 1),
+        "encoder.conv_out.bias": ("O",),
+        "decoder.mask_token": (1, 1, "E"),
+        "decoder.decoder_embed.weight": ("E", "C"),
+        "decoder.decoder_embed.bias": ("E",),
+        "decoder.ffn.0.weight": ("3 p p", "E", 1, 1),
+        "decoder.ffn.0.bias": ("3 p p",),
+        "decoder.conv_out.weight": (3, 3, 3, 3),
+        "decoder.conv_out.bias": (3,),
+    }
+    for side, width in (("encoder", "D"), ("decoder", "E")):
+        layout[f"{side}.class_embedding"] = (1, width)
+        layout[f"{side}.positional_embedding"] = ("P", width)
+        layout[f"{side}.latent_token_positional_embedding"] = ("N", width)
+        layout |= {f"{side}.{norm}.{name}": (width,) for norm in ("ln_pre", "ln_post") for name in ("weight", "bias")}
+        for index in range(depths[side]):
+            layout |= {f"{side}.transformer.{index}.{name}": shape for name, shape in _block(width).items()}
+    if has_text:
+        layout |= dict(zip(_TEXT, (("E", "T"), ("E",), ("L", "E")), strict=True))
+    if has_codes:
+        layout["quantize.embedding.weight"] = ("K", "C")
+    sizes = read_sizes(state, layout, what)
+    channels, p, grid = sizes["C"], sizes["p"], math.isqrt(sizes["P"] - 1)
+    if sizes["O"] != (channels if has_codes else 2 * channels):
+        lacking = " (or quantize.embedding.weight is missing)" if sizes["O"] == channels else ""
+        raise InputError(
+            f"these are not the weights of a {what}: {shape_of(state, 'encoder.conv_out.weight')} makes {sizes['O']} channels, "
+            f"wanted {channels if has_codes else 2 * channels} for the {channels} that "
+            f"{shape_of(state, 'decoder.decoder_embed.weight')} takes{lacking}"
+        )
+    if grid * grid != sizes["P"] - 1 or not grid:
+        raise InputError(
+            f"these are not the weights of a {what}: {shape_of(state, 'encoder.positional_embedding')} and "
+            f"{shape_of(state, 'decoder.positional_embedding')}: wanted 1 row for the class token and a square number of them "
+            "for the patches"
+        )
+    options: dict[str, Any] = {
+        "image_size": grid * p,
+        "patch_size": p,
+        "num_tokens": sizes["N"],
+        "latent_dim": channels,
+        "bottleneck": "vq" if has_codes else "kl",
+        "text": "decoder" if has_text else "none",
+        "registers": 1,
+        "decoder_registers": 1,
+        "pre_norm": True,
+        "pixel_conv": True,
+    }
+    embed = state["encoder.patch_embed.weight"].flatten(1)  # (D, 3 p p)
+    places, register = state["encoder.positional_embedding"], state["encoder.class_embedding"]
+    latents = state["latent_tokens"] + state["encoder.latent_token_positional_embedding"]
+    decoder_places, decoder_register = state["decoder.positional_embedding"], state["decoder.class_embedding"]
+    taken = {
+        "encoder.patch_embed.weight": embed / 2,  # their x in [0, 1] is (x + 1) / 2 of ours
+        "encoder.patch_embed.bias": state["encoder.patch_embed.bias"] + embed.sum(1) / 2,
+        "encoder.patch_positions": places[1:],
+        "encoder.latents": torch.cat([latents, register + places[:1]]),
+        "encoder.to_latents.weight": state["encoder.conv_out.weight"].flatten(1),
+        "encoder.to_latents.bias": state["encoder.conv_out.bias"],
+        "decoder.queries": torch.cat(
+            [state["decoder.mask_token"][0] + decoder_places[1:], decoder_register + decoder_places[:1]]
+        ),
+        "decoder.from_latents.weight": state["decoder.decoder_embed.weight"],
+        "decoder.from_latents.bias": state["decoder.decoder_embed.bias"],
+        "decoder.latent_positions": state["decoder.latent_token_positional_embedding"],
+        "decoder.to_pixels.weight": pixel_rows(state["decoder.ffn.0.weight"].flatten(1), p),
+        "decoder.to_pixels.bias": pixel_rows(state["decoder.ffn.0.bias"], p),
+        "decoder.conv_out.weight": 2 * state["decoder.conv_out.weight"],  # to [-1, 1]
+        "decoder.conv_out.bias": 2 * state["decoder.conv_out.bias"] - 1,
+    }
+    for side, depth in depths.items():
+        for name in ("weight", "bias"):
+            taken[f"{side}.pre_norm.{name}"] = state[f"{side}.ln_pre.{name}"]
+            taken[f"{side}.norm.{name}"] = state[f"{side}.ln_post.{name}"]
+            for index in range(depth):
+                for theirs, ours in _BLOCK.items():
+                    separator = "_" if theirs == "attn.in_proj" else "."
+                    key = f"{side}.transformer.{index}.{theirs}{separator}{name}"
+                    taken[f"{side}.blocks.{index}.{ours}.{name}"] = state[key]
+    if has_text:
+        weight, bias, positions = (state[key] for key in _TEXT)
+        taken |= {"decoder.text.proj.weight": weight, "decoder.text.proj.bias": bias, "decoder.text.positions": positions}
+        taken["decoder.text.null"] = bias + positions[0]
+        options |= {"text_positions": True, "text_window": True, "max_text_tokens": sizes["L"], "text_dim": sizes["T"]}
+        options["text_encoder"] = str(text_encoder)
+    if has_codes:
+        taken["bottleneck.codebook"] = state["quantize.embedding.weight"]
+        options |= {"codebook_size": sizes["K"], "normalize_codes": normalize_codes}
+    encoder, decoder = (
+        (width, depths[side], published_heads(width, heads, _PUBLISHED))
+        for side, width in (("encoder", sizes["D"]), ("decoder", sizes["E"]))
+    )
+    return load_texttok(config_of(encoder, decoder, options), taken)
 
 
-class _Side(NamedTuple):
-    sizes: tuple[int, int, int]  # width, depth, heads
-    blocks: dict[str, Tensor]  # and the LayerNorms before and behind them, by our names
-
-
-def _side(state: dict[str, Tensor], side: str, heads: int | None) -> _Side:
-    """Takes the blocks of a side out of ``state``."""
-    width, place = len(state[f"{side}.ln_pre.weight"]), f"{side}.transformer."
-    depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith(place))
-    found = {}
-    for index in range(depth):
-        for theirs, ours in _BLOCK.items():
-            found[f"{side}.blocks.{index}.{ours}"] = state.pop(f"{place}{index}.{theirs}")
-    for name in ("weight", "bias"):
-        found[f"{side}.pre_norm.{name}"] = state.pop(f"{side}.ln_pre.{name}")
-        found[f"{side}.norm.{name}"] = state.pop(f"{side}.ln_post.{name}")
-    return _Side((width, depth, heads or _PUBLISHED.get(width) or published_heads(width)), found)
+def _block(width: str) -> dict[str, Shape]:
+    """The tensors of a block by their names."""
+    return {
+        **{f"{norm}.{name}": (width,) for norm in ("ln_1", "ln_2") for name in ("weight", "bias")},
+        "attn.in_proj_weight": (f"3 {width}", width),
+        "attn.in_proj_bias": (f"3 {width}",),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (f"4 {width}", width),
+        "mlp.c_fc.bias": (f"4 {width}",),
+        "mlp.c_proj.weight": (width, f"4 {width}"),
+        "mlp.c_proj.bias": (width,),
+    }
 
 
 # -- called as the peer is -----------------------------------------------------------------------------------------------------
@@ -192,11 +229,12 @@ class TiTok(nn.Module):
         return _fake_2d(out.latents), {**losses, "min_encoding_indices": out.indices.unsqueeze(1)}
 
     @torch.no_grad()
-    def decode(self, z_quantized: Tensor, text_guidance: Tensor | None = None) -> Tensor:
+    def decode(self, z_quantized: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
         """z_quantized (B, C, 1, N) -> pictures (B, 3, S, S), not clamped to [0, 1].
 
-        ``text_guidance`` (B, N_t, D_t): CLIP's token features, as TA-TiTok takes them: all of them count, padding too.
-        Raises: InputError for another shape, and where text is lacking or unwanted.
+        ``text_guidance``: CLIP's token features (B, N_t, D_t), as TA-TiTok takes them: all of them count, padding too. Or
+        captions, whose features the tokenizer's text encoder makes so.
+        Raises: InputError for another shape, and where text is lacking or unwanted, and for captions without a text encoder.
         """
         core, config = _core(self.tokenizer), self.tokenizer.config
         wanted = (config.latent_dim, 1, config.num_tokens)
@@ -205,7 +243,9 @@ class TiTok(nn.Module):
         text: TextFeatures | None = None
         if config.text_in_decoder:
             if text_guidance is None:
-                raise InputError(f"this tokenizer decodes with text: give text_guidance (B, N_t, {config.text_dim})")
+                raise InputError(
+                    f"this tokenizer decodes with text: give text_guidance (B, N_t, {config.text_dim}) or captions"
+                )
             text = core.text_features(text_guidance, len(z_quantized))
         elif text_guidance is not None:
             raise InputError("this tokenizer has no text: leave text_guidance out")
@@ -214,7 +254,7 @@ class TiTok(nn.Module):
             return (core.decoder(latents, text) + 1) / 2
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | None = None) -> Tensor:
+    def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
         """Indices (B, 1, N) or (B, N) int64, for KL latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
         core, config = _core(self.tokenizer), self.tokenizer.config
         if self.quantize_mode == "vae":
@@ -225,7 +265,9 @@ class TiTok(nn.Module):
             raise InputError(f"tokens must be integers (B, 1, {config.num_tokens}), got {tokens.dtype} {tuple(tokens.shape)}")
         return self.decode(_fake_2d(core.bottleneck.latents_from_indices(indices.to(self.tokenizer.device))), text_guidance)
 
-    def forward(self, x: Tensor, text_guidance: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
+    def forward(
+        self, x: Tensor, text_guidance: Tensor | Sequence[str] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
         """:meth:`encode`, then :meth:`decode`."""
         z, found = self.encode(x)
         return self.decode(z, text_guidance), found

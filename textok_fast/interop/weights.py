@@ -45,6 +45,10 @@ def read_weights(source: Source) -> Weights:
     Raises: InputError when there is nothing, and for a file that is not what it claims: cut short, a web page, a pickle that
         holds anything else than tensors. Nothing in such a file is run.
     """
+    kind: type = type(source)
+    if not issubclass(kind, (str, Path, Mapping)):
+        wanted = "a file, a directory, a Hub id or a mapping from name to tensor"
+        raise InputError(f"weights are {wanted}, got {kind.__name__}")
     if isinstance(source, Mapping):
         return Weights(_tensors(source, "the given mapping"), {}, "the given state dict")
     path = locate(source)

@@ -48,6 +48,37 @@ class Rotary(NamedTuple):
         return torch.cat([x[:, :begin], turned, x[:, end:]], dim=1)
 
 
+class RowModulation(NamedTuple):
+    """How one block scales and shifts its LayerNorms' results at consecutive rows of its sequence (MoVQ, Zheng et al. 2022,
+    arXiv 2209.09002, as MAETok has it: x * scale + shift)."""
+
+    shift1: Tensor  # (B, n, D), of the attention's
+    scale1: Tensor
+    shift2: Tensor  # of the MLP's
+    scale2: Tensor
+    start: int  # the first of the n rows
+
+    @classmethod
+    def of(cls, values: Tensor, start: int) -> RowModulation:
+        """values (B, n, 4 D)."""
+        shift1, scale1, shift2, scale2 = values.chunk(4, dim=-1)  # each (B, n, D)
+        return cls(shift1, scale1, shift2, scale2, start)
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        """x (B, M, D) -> the same with n rows modulated."""
+        return self._applied(x, self.shift1, self.scale1)
+
+    def before_mlp(self, x: Tensor) -> Tensor:
+        """x (B, M, D) -> the same; where the n rows have been left out already there is nothing to do."""
+        return self._applied(x, self.shift2, self.scale2)
+
+    def _applied(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        stop = self.start + shift.shape[1]
+        if x.shape[1] < stop:
+            return x
+        return torch.cat([x[:, : self.start], x[:, self.start : stop] * scale + shift, x[:, stop:]], dim=1)
+
+
 class RotaryPositions(nn.Module):
     """Learned 2-D rotary positions, the mixed ones of RoPE-ViT (Heo et al. 2024, arXiv 2403.13298).
 
@@ -160,10 +191,14 @@ class ViTBlock(nn.Module):
         mask: Tensor | None = None,
         rows: slice | None = None,
         rotary: Rotary | None = None,
+        modulation: RowModulation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them that are needed."""
+        """x and norm1(x) (B, N, D) -> x and following(x), (B, N, D), or only the ``rows`` of them that are needed, which are
+        those before any that ``modulation`` is of."""
         residual = x if rows is None else x[:, rows]
+        hidden = hidden if modulation is None else modulation.before_attention(hidden)
         x, hidden = add_and_norm(residual, self.attn(hidden, mask, rows, rotary), self.norm2)
+        hidden = hidden if modulation is None else modulation.before_mlp(hidden)
         return add_and_norm(x, self.mlp(hidden), following)
 
 
@@ -185,6 +220,7 @@ def run_blocks(
     mask: Tensor | None,
     rows: slice,
     rotaries: Sequence[Rotary] | None = None,
+    modulations: Sequence[RowModulation] | None = None,
 ) -> Tensor:
     """A whole ViT: x (B, N, D) -> norm(last block's x), only the ``rows`` of it, (B, N_rows, D)."""
     following = [*(block.norm1 for block in blocks[1:]), norm]
@@ -192,7 +228,8 @@ def run_blocks(
     for index, block in enumerate(blocks):
         last = index == len(blocks) - 1
         rotary = None if rotaries is None else rotaries[index]
-        x, hidden = block(x, hidden, following[index], mask, rows if last else None, rotary)
+        modulation = None if modulations is None else modulations[index]
+        x, hidden = block(x, hidden, following[index], mask, rows if last else None, rotary, modulation)
     return hidden
 
 

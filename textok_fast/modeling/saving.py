@@ -100,9 +100,14 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
         if key in state and state[key].shape != wanted[key].shape
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}")
+        raise misfit(f"the weights in {source} do not fit {type(model).__name__}", problems)
     model.load_state_dict(state)
+
+
+def misfit(what: str, problems: list[str]) -> InputError:
+    """The error that lists the first of ``problems``."""
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return InputError(f"{what}: {'; '.join(problems[:3])}{more}")
 
 
 def locate(source: str | Path, files: Sequence[str], subfolder: str = "", **hub: Any) -> Path:

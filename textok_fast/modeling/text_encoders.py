@@ -108,14 +108,17 @@ def load_text_encoder(
     cache: bool | str | Path = True,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    window: bool = False,
 ) -> TextEncoder:
     """The process's one :class:`TextEncoder` for these arguments."""
-    return _cached_encoder(str(name), max_tokens, split, _cache_root(cache), str(device), dtype)
+    return _cached_encoder(str(name), max_tokens, split, _cache_root(cache), str(device), dtype, window)
 
 
 @functools.cache
-def _cached_encoder(name: str, max_tokens: int, split: str, cache: Path | None, device: str, dtype: torch.dtype) -> TextEncoder:
-    return TextEncoder(name, max_tokens, split, cache or False, device, dtype)
+def _cached_encoder(
+    name: str, max_tokens: int, split: str, cache: Path | None, device: str, dtype: torch.dtype, window: bool
+) -> TextEncoder:
+    return TextEncoder(name, max_tokens, split, cache or False, device, dtype, window)
 
 
 class TextEncoder:
@@ -133,6 +136,9 @@ class TextEncoder:
     another root directory, or False for memory only. ``dtype`` is what the network computes in and the cache stores; the
     features returned are float32 in any case, on the CPU.
 
+    ``window``: each caption that is not empty has ``max_tokens`` tokens, those behind its end being token 0 and real ones like
+    the others, as open_clip makes CLIP's features (and TA-TiTok takes them). Without ``split``.
+
     Raises InputError for a model that cannot be found, fetched or loaded.
     """
 
@@ -146,12 +152,15 @@ class TextEncoder:
         cache: bool | str | Path = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        window: bool = False,
     ) -> None:
+        if window and split:
+            raise InputError(f"window pads whole captions: leave split empty, got {split!r}")
         if max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"a text encoder computes in float32, bfloat16 or float16, got {dtype}")
-        self.name, self.max_tokens, self.split = str(name), max_tokens, split
+        self.name, self.max_tokens, self.split, self.window = str(name), max_tokens, split, window
         self.device, self.dtype = torch.device(device), dtype
         self._source = _find(self.name)
         self.dim = self._source.dim
@@ -160,7 +169,7 @@ class TextEncoder:
         self._store = None
         if self._cache_root is not None:
             self._store = FeatureStore(self._cache_root / "text" / f"{self.identity}.sqlite", self.dim, dtype)
-        self._mode = "clause" if split else "whole"
+        self._mode = f"window {max_tokens}" if window else "clause" if split else "whole"
         self._memory: OrderedDict[str, Array] = OrderedDict()  # text -> (n, D)
         self._memory_used = 0
         self._network: _Network | None = None
@@ -213,6 +222,7 @@ class TextEncoder:
             self._cache_root or False,
             str(self.device),
             self.dtype,
+            self.window,
         )
 
     def __repr__(self) -> str:
@@ -244,7 +254,7 @@ class TextEncoder:
                 known[text] = self._remember(text, features)
         missing = [text for text in missing if text not in known]
         if missing:
-            for entries in self._loaded().encode(missing, self.max_tokens, keep_special=not self.split):
+            for entries in self._loaded().encode(missing, self.max_tokens, keep_special=not self.split, window=self.window):
                 if self._store is not None:  # before anyone sees the features: a resumed run reads what this one used
                     self._store.put(entries, self._mode, self.max_tokens)
                 for text, entry in entries.items():
@@ -290,8 +300,10 @@ class _Network:
         self.special = self.tokenizer.num_special_tokens_to_add()
         self.max_positions = _max_positions(self.model)
 
-    def encode(self, texts: Sequence[str], max_tokens: int, keep_special: bool) -> Iterator[dict[str, Entry]]:
-        """Features (n, D) of each text, in passes of texts of similar length."""
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, keep_special: bool, window: bool = False
+    ) -> Iterator[dict[str, Entry]]:
+        """Features (n, D) of each text, in passes of texts of similar length; n is ``max_tokens`` of a ``window``."""
         limit = max_tokens if keep_special else max_tokens + self.special
         limit = min(max(limit, self.special + 1), self.max_positions or limit + self.special)
         tokens = self.tokenizer(
@@ -303,6 +315,8 @@ class _Network:
             return_special_tokens_mask=True,
         )
         ids, special = tokens["input_ids"], tokens["special_tokens_mask"]
+        if window:  # open_clip pads with 0, transformers' tokenizer of CLIP with the end token
+            ids = [[*row, *[0] * (limit - len(row))] for row in ids]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         while order:
             size = max(
@@ -316,7 +330,7 @@ class _Network:
                 if not keep_special:
                     features = features[torch.tensor(special[i], dtype=torch.bool).logical_not()]  # (n - special, D)
                 # A text that just fills the limit counts as cut: it is then stored for this limit alone, which is never wrong.
-                cut = len(ids[i]) >= limit or features.shape[0] > max_tokens
+                cut = not window and (len(ids[i]) >= limit or features.shape[0] > max_tokens)
                 entries[texts[i]] = Entry(features[:max_tokens].clone(), cut)
             yield entries
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from textok_fast import ops
 from textok_fast.config import TexTokConfig
 from textok_fast.errors import InputError
 from textok_fast.modeling.bottlenecks import BottleneckOutput, build_bottleneck
-from textok_fast.modeling.layers import RotaryPositions, TextProjection, TextTokens, ViTBlock, run_blocks
+from textok_fast.modeling.layers import RotaryPositions, RowModulation, TextProjection, TextTokens, ViTBlock, run_blocks
 from textok_fast.modeling.saving import PretrainedMixin
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures, load_text_encoder
 
@@ -88,6 +89,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1) if config.pixel_conv else None
+        self.modulation = (
+            nn.ModuleList(nn.Linear(config.latent_dim, 4 * width) for _ in range(config.decoder_depth))
+            if config.modulated_decoder
+            else None
+        )
 
     def forward(self, latents: Tensor, text: TextFeatures | None) -> Tensor:
         """latents (B, N, d) -> pixels (B, 3, S, S), not clamped."""
@@ -107,7 +113,16 @@ class Decoder(nn.Module):
         tokens = None if self.text is None else self.text(text, latents.shape[0])
         x, mask = join_text(torch.cat([queries, embedded], dim=1), tokens)  # (B, hw + R + N + N_t, D)
         x, rotaries = x if self.pre_norm is None else self.pre_norm(x), None if self.rope is None else self.rope(0)
-        return self.to_pixels(run_blocks(self.blocks, self.norm, x, mask, self.patch_rows, rotaries))  # (B, hw, 3 p p)
+        modulations = self.modulations(latents)
+        hidden = run_blocks(self.blocks, self.norm, x, mask, self.patch_rows, rotaries, modulations)  # (B, hw, D)
+        return self.to_pixels(hidden)  # (B, hw, 3 p p)
+
+    def modulations(self, latents: Tensor) -> list[RowModulation] | None:
+        """latents (B, N, d) -> for each block how it modulates their rows; None for a model that does not."""
+        if self.modulation is None:
+            return None
+        activated, start = F.silu(latents), len(self.queries)  # (B, N, d)
+        return [RowModulation.of(linear(activated), start) for linear in self.modulation]
 
 
 def join_text(x: Tensor, text: TextTokens | None) -> tuple[Tensor, Tensor | None]:
@@ -326,6 +341,7 @@ class TexTok(PretrainedMixin, nn.Module):
                 self.config.text_encoder,
                 max_tokens=self.config.max_text_tokens,
                 split=self.config.text_split,
+                window=self.config.text_window,
                 device=self.device,
             )
         return self._text_encoder[0]
