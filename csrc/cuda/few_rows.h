@@ -1,0 +1,539 @@
+// A DiT block over few rows (64, say: a guidance pair of 32 tokens) in bfloat16: products that are bound by reading their weights,
+// attention of at most 64 tokens, and gated residual with LayerNorm. What the block computes: textok_fast/ops/block.py.
+//
+// With so few rows it is latency that costs. Each kernel lets the next one start at once, and that reads its weights into shared
+// memory while this one computes; a product's sum is split over the blocks of a cluster, so that each reads only a part of x, and
+// is put together through their shared memory.
+
+#pragma once
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace textok_fast::cuda {
+
+constexpr uint32_t kTileRows = 64;      // rows of x that a block multiplies
+constexpr uint32_t kSlice = 32;         // numbers of a sum that are loaded and multiplied together: 64 bytes of each row
+constexpr uint32_t kSliceBytes = 64;
+constexpr uint32_t kRowsThreads = 256;
+constexpr uint32_t kMaxCluster = 8;     // what every GPU with clusters can launch
+constexpr uint32_t kMaxTokens = 64;     // of a sample, in the attention
+constexpr uint32_t kMaxHead = 96;
+constexpr uint32_t kMaxNormWidth = 2048;
+constexpr uint32_t kMostShared = 113 << 10;  // of a block: two of them, or one and the next kernel's, fit a multiprocessor
+
+// Slices of R rows lie one after the other, each row's 64 bytes side by side; the 64 bytes after each slice keep consecutive
+// slices of a row in different banks when they are written.
+__host__ __device__ constexpr uint32_t slice_pitch(uint32_t rows) { return rows * kSliceBytes + 64; }
+
+__device__ inline Words load_words(const char* slice, uint32_t row, uint32_t part) {
+  return load<4>(reinterpret_cast<const uint32_t*>(slice + row * kSliceBytes + part * 16));
+}
+
+// -- product -----------------------------------------------------------------------------------------------------------------
+
+enum class Activation : uint32_t { kNone, kGelu, kGeluTanh };
+
+__device__ inline float activate(float x, Activation activation) {
+  if (activation == Activation::kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  if (activation == Activation::kGeluTanh) {
+    // 0.5 x (1 + tanh(z)) = x / (1 + exp(-2 z)), with z = sqrt(2 / pi) (x + 0.044715 x^3); exp in base 2
+    const float z = x * (1.0f + 0.044715f * x * x);
+    return x / (1.0f + exp2f(-2.0f * 0.79788456080286536f * 1.4426950408889634f * z));
+  }
+  return x;
+}
+
+// activation(x weight^T + bias), or the sum's `splits` parts without either.
+struct RowsProduct {
+  const __nv_bfloat16 *x, *weight, *bias;  // (M, K), (N, K), (N) or null
+  __nv_bfloat16* out;                      // (M, N), or null
+  float* partial;                          // (splits, M, N), or null
+  uint32_t rows, inputs, outputs;          // M, K, N: K a multiple of 32, N of 8
+  uint32_t cluster, splits;                // K is shared by cluster * splits blocks
+  uint32_t slices;                         // at most, of a block
+  Activation activation;
+};
+
+// 8 warps: 2 along the rows, WN along the columns with NT * 8 each, WK along the sum. STAGES * WK slices of x at a time.
+template <int NT, int WN, int WK, int STAGES>
+struct RowsTile {
+  static_assert(2 * WN * WK * kWarp == kRowsThreads);
+  static constexpr uint32_t columns = NT * WN * 8;
+  static constexpr uint32_t weight_pitch = slice_pitch(columns), x_pitch = slice_pitch(kTileRows);
+  static constexpr uint32_t sums = kTileRows * columns / 4;  // fours
+
+  static constexpr uint32_t bytes(uint32_t slices) {
+    const uint32_t tiles = slices * weight_pitch + STAGES * WK * x_pitch;
+    const uint32_t staging = (WK > 2 ? WK / 2 : 1) * sums * 16;
+    return tiles > staging ? tiles : staging;
+  }
+};
+
+// Columns `first` and on of the `slices` slices from `begin` on, rows after the last one as zeros.
+template <uint32_t COLUMNS>
+__device__ inline void copy_weights(char* to, const RowsProduct& p, uint32_t first, uint32_t begin, uint32_t slices) {
+  const uint32_t chunks = slices * 4, count = COLUMNS * chunks;
+  if (count == 0) return;
+  const uint32_t row_step = kRowsThreads / chunks, chunk_step = kRowsThreads % chunks;
+  uint32_t row = threadIdx.x / chunks, chunk = threadIdx.x % chunks;
+  const __nv_bfloat16* const from = p.weight + static_cast<int64_t>(first) * p.inputs + begin * kSlice;
+  for (uint32_t i = threadIdx.x; i < count; i += kRowsThreads) {
+    const bool valid = first + row < p.outputs;
+    const __nv_bfloat16* const address = valid ? from + static_cast<int64_t>(row) * p.inputs + chunk * 8 : p.weight;
+    copy_async(to + chunk / 4 * slice_pitch(COLUMNS) + row * kSliceBytes + chunk % 4 * 16, address, valid);
+    row += row_step;
+    chunk += chunk_step;
+    if (chunk >= chunks) {
+      chunk -= chunks;
+      ++row;
+    }
+  }
+}
+
+// Sums the same place over the cluster, in the order of the blocks.
+template <int CLUSTER>
+__device__ inline Pack<float, 4> sum_over_cluster(const Pack<float, 4>* place) {
+  Pack<float, 4> parts[CLUSTER];
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER; ++rank) parts[rank] = load_from_rank(place, rank);
+#pragma unroll
+  for (int rank = 1; rank < CLUSTER; ++rank) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) parts[0].v[j] += parts[rank].v[j];
+  }
+  return parts[0];
+}
+
+template <int NT, int WN, int WK, int STAGES>
+__global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduct p) {
+  using Tile = RowsTile<NT, WN, WK, STAGES>;
+  TEXTOK_DYNAMIC_SHARED(shared);
+  char* const weights = reinterpret_cast<char*>(shared);
+  char* const stages = weights + p.slices * Tile::weight_pitch;
+
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t wm = warp % 2, wn = warp / 2 % WN, wk = warp / (2 * WN);
+  const uint32_t shares = p.cluster * p.splits, share = blockIdx.x % shares, tile = blockIdx.x / shares;
+  const uint32_t rank = share % p.cluster, split = share / p.cluster;
+  const uint32_t tiles = (p.outputs + Tile::columns - 1) / Tile::columns;
+  const uint32_t column = tile % tiles * Tile::columns, row = tile / tiles * kTileRows;
+  const uint32_t all = p.inputs / kSlice, begin = all * share / shares, slices = all * (share + 1) / shares - begin;
+
+  allow_next_kernel();
+  copy_weights<Tile::columns>(weights, p, column, begin, slices);
+  commit_copies();
+  await_previous_kernel();
+
+  // Stage i has the slices i * WK and on, one for each part of the warps.
+  const uint32_t iterations = (slices + WK - 1) / WK;
+  const auto copy_x = [&](uint32_t i) {
+    const uint32_t mine = threadIdx.x / 4, part = threadIdx.x % 4;
+    const bool valid = row + mine < p.rows;
+    const __nv_bfloat16* const from = p.x + (valid ? static_cast<int64_t>(row + mine) * p.inputs : 0) + part * 8;
+    char* const to = stages + i % STAGES * WK * Tile::x_pitch + mine * kSliceBytes + part * 16;
+#pragma unroll
+    for (uint32_t k = 0; k < WK; ++k) {
+      if (i * WK + k < slices) copy_async(to + k * Tile::x_pitch, from + (begin + i * WK + k) * kSlice, valid);
+    }
+  };
+#pragma unroll
+  for (uint32_t i = 0; i < STAGES; ++i) {
+    if (i < iterations) copy_x(i);
+    commit_copies();
+  }
+
+  float sums[2][NT][4] = {};
+  const uint32_t g = lane / 4, t = lane % 4;
+  for (uint32_t i = 0; i < iterations; ++i) {
+    wait_for_copies<STAGES - 1>();
+    __syncthreads();
+    if (i * WK + wk < slices) {
+      const char* const x = stages + (i % STAGES * WK + wk) * Tile::x_pitch;
+      const char* const w = weights + (i * WK + wk) * Tile::weight_pitch;
+      Words low[2], high[2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        low[m] = load_words(x, wm * 32 + m * 16 + g, t);
+        high[m] = load_words(x, wm * 32 + m * 16 + g + 8, t);
+      }
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const Words other = load_words(w, (wn * NT + n) * 8 + g, t);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) multiply(sums[m][n], low[m], high[m], other);
+      }
+    }
+    if (i + STAGES < iterations) {
+      __syncthreads();
+      copy_x(i + STAGES);
+    }
+    commit_copies();
+  }
+
+  // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the cluster's.
+  __syncthreads();
+  Pack<float, 4>* const staging = reinterpret_cast<Pack<float, 4>*>(weights);
+  const uint32_t slot = (wm * WN + wn) * 2 * NT * kWarp + lane;  // of this thread's first four sums
+  const auto each = [&](auto&& run) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) run(sums[m][n], slot + (m * NT + n) * kWarp);
+    }
+  };
+  const auto put = [&](uint32_t area) {
+    each([&](float(&four)[4], uint32_t place) {
+      store<4>(&staging[area * Tile::sums + place].v[0], {{four[0], four[1], four[2], four[3]}});
+    });
+  };
+#pragma unroll
+  for (uint32_t half = WK / 2; half > 0; half /= 2) {
+    if (wk >= half && wk < 2 * half) put(wk - half);
+    __syncthreads();
+    if (wk < half) {
+      each([&](float(&four)[4], uint32_t place) {
+        const Pack<float, 4> other = load<4>(&staging[wk * Tile::sums + place].v[0]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four[j] += other.v[j];
+      });
+    }
+    __syncthreads();
+  }
+  if (wk == 0) put(0);
+  cluster_arrive();
+  cluster_wait();
+
+  const auto finish = [&](auto cluster) {
+    const uint32_t last = Tile::sums * (rank + 1) / p.cluster;
+    for (uint32_t i = Tile::sums * rank / p.cluster + threadIdx.x; i < last; i += kRowsThreads) {
+      const Pack<float, 4> sum = sum_over_cluster<decltype(cluster)::value>(staging + i);
+      const uint32_t piece = i / kWarp, n = piece % NT, m = piece / NT % 2, of = piece / (2 * NT);
+      const uint32_t to = column + (of % WN * NT + n) * 8 + i % 4 * 2;
+      const uint32_t from = row + of / WN * 32 + m * 16 + i % kWarp / 4;
+      if (to >= p.outputs) continue;
+      float biases[2] = {};
+      if (p.bias != nullptr) {
+        const Pack<__nv_bfloat16, 2> pair = load_input<2>(p.bias + to);
+        for (int j = 0; j < 2; ++j) biases[j] = to_float(pair.v[j]);
+      }
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t at = from + half * 8;
+        if (at >= p.rows) continue;
+        const float first = sum.v[2 * half], second = sum.v[2 * half + 1];
+        if (p.partial != nullptr) {
+          store<2>(p.partial + (static_cast<int64_t>(split) * p.rows + at) * p.outputs + to, {{first, second}});
+        } else {
+          const Pack<__nv_bfloat16, 2> pair{
+              {from_float<__nv_bfloat16>(activate(first + biases[0], p.activation)),
+               from_float<__nv_bfloat16>(activate(second + biases[1], p.activation))}};
+          store<2>(p.out + static_cast<int64_t>(at) * p.outputs + to, pair);
+        }
+      }
+    }
+  };
+  if (p.cluster == 8) finish(Constant<8>{});
+  if (p.cluster == 4) finish(Constant<4>{});
+  if (p.cluster == 2) finish(Constant<2>{});
+  if (p.cluster == 1) finish(Constant<1>{});
+  // Nobody leaves while another one may read its shared memory.
+  cluster_arrive();
+  cluster_wait();
+}
+
+// -- attention ---------------------------------------------------------------------------------------------------------------
+
+// softmax(q k^T / sqrt(d)) v for each sample and head; a block has one of each.
+struct RowsAttention {
+  const __nv_bfloat16* qkv;               // (B, N, 3, H, d)
+  __nv_bfloat16* out;                     // (B, N, H, d)
+  uint32_t batch, tokens, heads, width;   // B, N, H, d: N up to 64; d a multiple of 8, up to 96
+  float scale;                            // log2(e) / sqrt(d)
+};
+
+inline float attention_scale(uint32_t width) {
+  return 1.4426950408889634f / std::sqrt(static_cast<float>(width));
+}
+
+constexpr uint32_t kHeadSlices = kMaxHead / kSlice;
+
+// Bytes of a row of v, an odd number of 16, so that rows lie in different banks.
+__host__ __device__ constexpr uint32_t value_pitch(uint32_t width) { return (width / 8 | 1) * 16; }
+
+__host__ __device__ constexpr uint32_t attention_bytes(uint32_t width) {
+  return 2 * ((width + kSlice - 1) / kSlice) * slice_pitch(kMaxTokens) + kMaxTokens * value_pitch(width);
+}
+
+__global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttention p) {
+  TEXTOK_DYNAMIC_SHARED(shared);
+  constexpr uint32_t pitch = slice_pitch(kMaxTokens);
+  const uint32_t slices = (p.width + kSlice - 1) / kSlice, chunks = p.width / 8;
+  char* const queries = reinterpret_cast<char*>(shared);
+  char* const keys = queries + slices * pitch;
+  char* const values = keys + slices * pitch;
+  const uint32_t sample = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  const uint32_t groups = (p.tokens + 15) / 16;  // of 16 rows, queries or keys
+
+  allow_next_kernel();
+  await_previous_kernel();
+  const int64_t part = static_cast<int64_t>(p.heads) * p.width;  // from q to k
+  const __nv_bfloat16* const from = p.qkv + static_cast<int64_t>(sample) * p.tokens * 3 * part + head * p.width;
+  for (uint32_t i = threadIdx.x; i < groups * 16 * slices * 4; i += kRowsThreads) {
+    const uint32_t row = i / (slices * 4), chunk = i % (slices * 4);
+    const bool valid = row < p.tokens && chunk < chunks;
+    const __nv_bfloat16* const address = valid ? from + static_cast<int64_t>(row) * 3 * part + chunk * 8 : p.qkv;
+    const uint32_t to = chunk / 4 * pitch + row * kSliceBytes + chunk % 4 * 16;
+    copy_async(queries + to, address, valid);
+    copy_async(keys + to, valid ? address + part : p.qkv, valid);
+    if (chunk < chunks) {
+      copy_async(values + row * value_pitch(p.width) + chunk * 16, valid ? address + 2 * part : p.qkv, valid);
+    }
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+
+  // A warp has 16 queries and some of the columns; what several have of the same queries each computes anew.
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const uint32_t others = kRowsThreads / kWarp / groups, group = warp / others, other = warp % others;
+  if (group >= groups) return;
+  float scores[kMaxTokens / 8][4] = {};
+#pragma unroll
+  for (uint32_t s = 0; s < kHeadSlices; ++s) {
+    if (s >= slices) break;
+    const Words low = load_words(queries + s * pitch, group * 16 + g, t);
+    const Words high = load_words(queries + s * pitch, group * 16 + g + 8, t);
+#pragma unroll
+    for (uint32_t n = 0; n < kMaxTokens / 8; ++n) {
+      if (n < groups * 2) multiply(scores[n], low, high, load_words(keys + s * pitch, n * 8 + g, t));
+    }
+  }
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {};
+#pragma unroll
+  for (uint32_t n = 0; n < kMaxTokens / 8; ++n) {
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      if (n * 8 + 2 * t + j % 2 >= p.tokens) scores[n][j] = -INFINITY;
+      most[j / 2] = fmaxf(most[j / 2], scores[n][j]);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 1));
+    most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 2));
+  }
+#pragma unroll
+  for (uint32_t n = 0; n < kMaxTokens / 8; ++n) {
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      scores[n][j] = exp2f((scores[n][j] - most[j / 2]) * p.scale);
+      total[j / 2] += scores[n][j];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+  }
+
+  // Sums of 8 columns as multiply() gives them are, in bfloat16, what it takes: 16 keys in two of them.
+  for (uint32_t column = other; column < chunks; column += others) {
+    float sums[4] = {};
+#pragma unroll
+    for (uint32_t k = 0; k < kMaxTokens / 16; ++k) {
+      if (k >= groups) break;
+      const float(&one)[4] = scores[2 * k];
+      const float(&two)[4] = scores[2 * k + 1];
+      const char* const place = values + (k * 16 + 2 * t) * value_pitch(p.width) + column * 16 + g * 2;
+      uint32_t pair[2];
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const char* const at = place + half * 8 * value_pitch(p.width);
+        const uint32_t lower = load<1>(reinterpret_cast<const uint16_t*>(at)).v[0];
+        const uint32_t upper = load<1>(reinterpret_cast<const uint16_t*>(at + value_pitch(p.width))).v[0];
+        pair[half] = lower | upper << 16;
+      }
+      multiply(
+          sums,
+          {pack_bf16(one[0], one[1]), pack_bf16(one[2], one[3]), pack_bf16(two[0], two[1]), pack_bf16(two[2], two[3])}, pair);
+    }
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t token = group * 16 + g + half * 8;
+      if (token >= p.tokens) continue;
+      const int64_t to = (static_cast<int64_t>(sample) * p.tokens + token) * part + head * p.width + column * 8 + 2 * t;
+      const float inverse = 1.0f / total[half];
+      store<2>(
+          p.out + to, {{from_float<__nv_bfloat16>(sums[2 * half] * inverse),
+                        from_float<__nv_bfloat16>(sums[2 * half + 1] * inverse)}});
+    }
+  }
+}
+
+// -- gated residual and LayerNorm --------------------------------------------------------------------------------------------
+
+// r = x + gate (the parts' sum + bias), out = LayerNorm(r) (1 + scale) + shift, of r as it is stored. A block has a row.
+template <typename T>
+struct RowsNorm {
+  const T* x;                                  // (M, D)
+  const float* partial;                        // (splits, M, D)
+  const __nv_bfloat16* bias;                   // (D)
+  const __nv_bfloat16 *gate, *shift, *scale;   // (B, D), rows at these strides
+  int64_t gate_stride, shift_stride, scale_stride;
+  T* residual;                                 // (M, D)
+  __nv_bfloat16* out;                          // (M, D)
+  uint32_t rows, tokens, width, splits;        // M, N = M / B, D: a multiple of 4, up to 2,048
+  float eps;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kRowsThreads) rows_norm(const RowsNorm<T> p) {
+  constexpr uint32_t kEach = kMaxNormWidth / 4 / kRowsThreads;
+  __shared__ float shared[kRowsThreads / kWarp];
+  const uint32_t row = blockIdx.x, sample = row / p.tokens;
+  const int64_t begin = static_cast<int64_t>(row) * p.width;
+
+  allow_next_kernel();
+  await_previous_kernel();
+  float values[kEach][4] = {};
+  Pack<__nv_bfloat16, 4> shifts[kEach], scales[kEach];
+  float sum = 0.0f;
+#pragma unroll
+  for (uint32_t k = 0; k < kEach; ++k) {
+    const uint32_t column = (k * kRowsThreads + threadIdx.x) * 4;
+    if (column >= p.width) continue;
+    const Pack<T, 4> x = load<4>(p.x + begin + column);
+    const Pack<__nv_bfloat16, 4> gate = load<4>(p.gate + sample * p.gate_stride + column), bias = load<4>(p.bias + column);
+    shifts[k] = load<4>(p.shift + sample * p.shift_stride + column);
+    scales[k] = load<4>(p.scale + sample * p.scale_stride + column);
+    Pack<float, 4> branch = load<4>(p.partial + begin + column);
+    for (uint32_t split = 1; split < p.splits; ++split) {
+      const Pack<float, 4> more = load<4>(p.partial + split * static_cast<int64_t>(p.rows) * p.width + begin + column);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) branch.v[j] += more.v[j];
+    }
+    Pack<T, 4> residual;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      residual.v[j] = from_float<T>(to_float(x.v[j]) + to_float(gate.v[j]) * (branch.v[j] + to_float(bias.v[j])));
+      values[k][j] = to_float(residual.v[j]);
+      sum += values[k][j];
+    }
+    store<4>(p.residual + begin + column, residual);
+  }
+  const float mean = block_sum(sum, shared) / static_cast<float>(p.width);
+  float squares = 0.0f;
+#pragma unroll
+  for (uint32_t k = 0; k < kEach; ++k) {
+    if ((k * kRowsThreads + threadIdx.x) * 4 >= p.width) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      values[k][j] -= mean;
+      squares += values[k][j] * values[k][j];
+    }
+  }
+  const float rstd = rsqrtf(block_sum(squares, shared) / static_cast<float>(p.width) + p.eps);
+#pragma unroll
+  for (uint32_t k = 0; k < kEach; ++k) {
+    const uint32_t column = (k * kRowsThreads + threadIdx.x) * 4;
+    if (column >= p.width) continue;
+    Pack<__nv_bfloat16, 4> out;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      out.v[j] = from_float<__nv_bfloat16>(values[k][j] * rstd * (1.0f + to_float(scales[k].v[j])) + to_float(shifts[k].v[j]));
+    }
+    store<4>(p.out + begin + column, out);
+  }
+}
+
+// -- which tile, and how many blocks -----------------------------------------------------------------------------------------
+
+struct RowsPlan {
+  uint32_t columns, cluster, splits;  // no columns: none fits
+};
+
+// Calls run(Constant<NT>, Constant<WN>, Constant<WK>, Constant<STAGES>) for the tile of so many columns.
+template <typename Run>
+void with_rows_tile(uint32_t columns, Run&& run) {
+  switch (columns) {
+    case 144: return run(Constant<9>{}, Constant<2>{}, Constant<2>{}, Constant<3>{});
+    case 128: return run(Constant<8>{}, Constant<2>{}, Constant<2>{}, Constant<3>{});
+    case 112: return run(Constant<7>{}, Constant<2>{}, Constant<2>{}, Constant<4>{});
+    case 72: return run(Constant<9>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
+    case 64: return run(Constant<8>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
+    case 32: return run(Constant<4>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
+    default: return;
+  }
+}
+
+constexpr uint32_t kRowsColumns[] = {144, 128, 112, 72, 64, 32};
+
+inline uint32_t most_slices(uint32_t inputs, uint32_t shares) { return (inputs / kSlice + shares - 1) / shares; }
+
+// 0 where there is no such tile.
+inline uint32_t rows_product_bytes(uint32_t columns, uint32_t slices) {
+  uint32_t bytes = 0;
+  with_rows_tile(columns, [&](auto nt, auto wn, auto wk, auto stages) {
+    bytes = RowsTile<decltype(nt)::value, decltype(wn)::value, decltype(wk)::value, decltype(stages)::value>::bytes(slices);
+  });
+  return bytes;
+}
+
+// The tile with the fewest bytes through a multiprocessor, x, weights and sums; what is given and not 0 stays. Splits, for partial
+// sums only, are one or two.
+inline RowsPlan plan_rows_product(
+    uint32_t rows, uint32_t inputs, uint32_t outputs, bool partial, uint32_t processors, const RowsPlan& given) {
+  RowsPlan best{};
+  uint64_t least = ~uint64_t{0};
+  for (const uint32_t columns : kRowsColumns) {
+    if (given.columns != 0 && columns != given.columns) continue;
+    for (uint32_t cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      if (given.cluster != 0 && cluster != given.cluster) continue;
+      for (uint32_t splits = 1; splits <= (partial ? 2u : 1u); ++splits) {
+        if (given.splits != 0 && splits != given.splits) continue;
+        const uint32_t slices = most_slices(inputs, cluster * splits);
+        if (rows_product_bytes(columns, slices) > kMostShared) continue;
+        const uint64_t blocks = static_cast<uint64_t>((rows + kTileRows - 1) / kTileRows) *
+                                ((outputs + columns - 1) / columns) * cluster * splits;
+        const uint64_t each = slices * kSliceBytes * (columns + kTileRows) + kTileRows * columns * 4;
+        const uint64_t cost = (blocks + processors - 1) / processors * each;
+        if (cost < least) {
+          least = cost;
+          best = {columns, cluster, splits};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+// launch(kernel, blocks, threads, bytes of dynamic shared memory, arguments, blocks of a cluster)
+template <typename Launch>
+void launch_rows_product(RowsProduct p, uint32_t columns, Launch&& launch) {
+  if (p.rows == 0) return;
+  p.slices = most_slices(p.inputs, p.cluster * p.splits);
+  with_rows_tile(columns, [&](auto nt, auto wn, auto wk, auto stages) {
+    constexpr int NT = decltype(nt)::value, WN = decltype(wn)::value, WK = decltype(wk)::value;
+    constexpr int STAGES = decltype(stages)::value;
+    const uint32_t tiles = (p.rows + kTileRows - 1) / kTileRows * ((p.outputs + columns - 1) / columns);
+    launch(
+        rows_product<NT, WN, WK, STAGES>, tiles * p.cluster * p.splits, kRowsThreads,
+        RowsTile<NT, WN, WK, STAGES>::bytes(p.slices), p, p.cluster);
+  });
+}
+
+template <typename Launch>
+void launch_rows_attention(const RowsAttention& p, Launch&& launch) {
+  if (p.batch * p.tokens == 0) return;
+  launch(rows_attention, p.batch * p.heads, kRowsThreads, attention_bytes(p.width), p, 1u);
+}
+
+template <typename T, typename Launch>
+void launch_rows_norm(const RowsNorm<T>& p, Launch&& launch) {
+  if (p.rows == 0) return;
+  launch(rows_norm<T>, p.rows, kRowsThreads, 0, p, 1u);
+}
+
+}  // namespace textok_fast::cuda

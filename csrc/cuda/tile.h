@@ -1,0 +1,136 @@
+// What kernels with tensor cores, clusters of thread blocks and overlapping launches are made of. Each function is one or two
+// instructions; on the host, tests/ops/emulate_cuda.cpp says what they do.
+
+#pragma once
+
+#include "device.h"
+
+namespace textok_fast::cuda {
+
+// -- asynchronous copies -----------------------------------------------------------------------------------------------------
+
+// 16 bytes from global to shared memory, past L1; zeros unless `valid`, and the address must be one of a tensor even then.
+__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+#if defined(__CUDACC__)
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#else
+  emulation::copy_async(shared, global, valid);
+#endif
+}
+
+// Ends a group of the thread's own copies, which may be empty.
+__device__ inline void commit_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulation::commit_copies();
+#endif
+}
+
+// Until all of the thread's groups but the last N are there, for this thread.
+template <int N>
+__device__ inline void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#else
+  emulation::wait_for_copies(N);
+#endif
+}
+
+// -- tensor cores ------------------------------------------------------------------------------------------------------------
+
+// c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums, by a warp. With g = lane / 4 and t = lane % 4 a thread holds,
+// two numbers a word: a[0] row g, columns 2 t and 2 t + 1; a[1] row g + 8; a[2], a[3] the same 8 columns further; b[0] column g,
+// rows 2 t and 2 t + 1; b[1] 8 rows further; c[0], c[1] row g, columns 2 t and 2 t + 1; c[2], c[3] row g + 8.
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emulation::multiply(c, a, b);
+#endif
+}
+
+// A thread's 16 bytes of one row, which are 8 of the 32 numbers that four threads hold. The order of a sum does not matter, as
+// long as both factors have the same: words 0 and 1 go into one product of 16 numbers, 2 and 3 into another.
+using Words = Pack<uint32_t, 4>;
+
+// c += the product over 32 numbers of rows g and g + 8 of one factor with row g of the other.
+__device__ inline void multiply(float (&c)[4], const Words& low, const Words& high, const Words& other) {
+  multiply(c, {low.v[0], high.v[0], low.v[1], high.v[1]}, {other.v[0], other.v[1]});
+  multiply(c, {low.v[2], high.v[2], low.v[3], high.v[3]}, {other.v[2], other.v[3]});
+}
+
+// Two numbers as a word, the first in its lower half.
+__device__ inline uint32_t pack_bf16(float first, float second) {
+  const Pack<__nv_bfloat16, 2> pair{{from_float<__nv_bfloat16>(first), from_float<__nv_bfloat16>(second)}};
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+// -- clusters ----------------------------------------------------------------------------------------------------------------
+
+// A barrier for all threads of the cluster, in two halves: what was written to shared memory before the first is there for all
+// after the second.
+__device__ inline void cluster_arrive() {
+#if defined(__CUDACC__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();  // the host launches no such kernel there
+#endif
+#else
+  emulation::cluster_arrive();
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#if defined(__CUDACC__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+#else
+  emulation::cluster_wait();
+#endif
+}
+
+// What stands at this address of its own shared memory in block `rank` of the cluster.
+__device__ inline Pack<float, 4> load_from_rank(const Pack<float, 4>* shared, uint32_t rank) {
+#if defined(__CUDACC__)
+  Pack<float, 4> pack{};
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(pack.v[0]), "=f"(pack.v[1]), "=f"(pack.v[2]), "=f"(pack.v[3])
+               : "r"(address)
+               : "memory");
+#endif
+  return pack;
+#else
+  return emulation::load_from_rank(shared, rank);
+#endif
+}
+
+// -- overlapping launches ----------------------------------------------------------------------------------------------------
+
+// A kernel that is launched to overlap may start once every block of the one before has called allow_next_kernel(), and must
+// then read nothing that this one writes, and write nothing at all, before await_previous_kernel(): that returns when the kernel
+// before has ended and what it wrote can be seen. As every block of these kernels waits, all the earlier ones have ended too.
+__device__ inline void allow_next_kernel() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void await_previous_kernel() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace textok_fast::cuda
