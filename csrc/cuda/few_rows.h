@@ -23,12 +23,24 @@ constexpr uint32_t kMaxHead = 96;
 constexpr uint32_t kMaxNormWidth = 2048;
 constexpr uint32_t kMostShared = 113 << 10;  // of a block: two of them, or one and the next kernel's, fit a multiprocessor
 
-// Slices of R rows lie one after the other, each row's 64 bytes side by side; the 64 bytes after each slice keep consecutive
-// slices of a row in different banks when they are written.
+// Slices of R rows lie one after the other, each row's 64 bytes side by side as four chunks, in an order that differs from row to
+// row: so 8 rows of the same chunk lie in different banks. The 64 bytes after a slice do that for a row's slices.
 __host__ __device__ constexpr uint32_t slice_pitch(uint32_t rows) { return rows * kSliceBytes + 64; }
 
-__device__ inline Words load_words(const char* slice, uint32_t row, uint32_t part) {
-  return load<4>(reinterpret_cast<const uint32_t*>(slice + row * kSliceBytes + part * 16));
+__device__ inline uint32_t place_in_slice(uint32_t row, uint32_t chunk) {
+  return row * kSliceBytes + (chunk ^ row / 2 % 4) * 16;
+}
+
+// The first factor of multiply(), from 16 rows of a slice and half of its numbers.
+__device__ inline void load_rows(uint32_t (&a)[4], const char* slice, uint32_t row, uint32_t half) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  load_matrices(a, slice + row * kSliceBytes + place_in_slice(lane % 16, 2 * half + lane / 16));
+}
+
+// Its second one, from 8 rows: b[0] and b[1] of the first half, b[2] and b[3] of the second.
+__device__ inline void load_columns(uint32_t (&b)[4], const char* slice, uint32_t row) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  load_matrices(b, slice + row * kSliceBytes + place_in_slice(lane % 8, lane / 8));
 }
 
 // -- product -----------------------------------------------------------------------------------------------------------------
@@ -51,7 +63,7 @@ struct RowsProduct {
   __nv_bfloat16* out;                      // (M, N), or null
   float* partial;                          // (splits, M, N), or null
   uint32_t rows, inputs, outputs;          // M, K, N: K a multiple of 32, N of 8
-  uint32_t cluster, splits;                // K is shared by cluster * splits blocks
+  uint32_t cluster, splits;                // K is shared by cluster * splits blocks; cluster is a power of two
   uint32_t slices;                         // at most, of a block
   Activation activation;
 };
@@ -82,7 +94,7 @@ __device__ inline void copy_weights(char* to, const RowsProduct& p, uint32_t fir
   for (uint32_t i = threadIdx.x; i < count; i += kRowsThreads) {
     const bool valid = first + row < p.outputs;
     const __nv_bfloat16* const address = valid ? from + static_cast<int64_t>(row) * p.inputs + chunk * 8 : p.weight;
-    copy_async(to + chunk / 4 * slice_pitch(COLUMNS) + row * kSliceBytes + chunk % 4 * 16, address, valid);
+    copy_async(to + chunk / 4 * slice_pitch(COLUMNS) + place_in_slice(row, chunk % 4), address, valid);
     row += row_step;
     chunk += chunk_step;
     if (chunk >= chunks) {
@@ -115,10 +127,9 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
 
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t wm = warp % 2, wn = warp / 2 % WN, wk = warp / (2 * WN);
-  const uint32_t shares = p.cluster * p.splits, share = blockIdx.x % shares, tile = blockIdx.x / shares;
-  const uint32_t rank = share % p.cluster, split = share / p.cluster;
-  const uint32_t tiles = (p.outputs + Tile::columns - 1) / Tile::columns;
-  const uint32_t column = tile % tiles * Tile::columns, row = tile / tiles * kTileRows;
+  const uint32_t share = blockIdx.x, shares = p.cluster * p.splits;  // of the sum
+  const uint32_t rank = share & (p.cluster - 1), split = share / p.cluster;
+  const uint32_t column = blockIdx.y * Tile::columns, row = blockIdx.z * kTileRows;
   const uint32_t all = p.inputs / kSlice, begin = all * share / shares, slices = all * (share + 1) / shares - begin;
 
   allow_next_kernel();
@@ -126,50 +137,59 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
   commit_copies();
   await_previous_kernel();
 
-  // Stage i has the slices i * WK and on, one for each part of the warps.
-  const uint32_t iterations = (slices + WK - 1) / WK;
-  const auto copy_x = [&](uint32_t i) {
-    const uint32_t mine = threadIdx.x / 4, part = threadIdx.x % 4;
-    const bool valid = row + mine < p.rows;
-    const __nv_bfloat16* const from = p.x + (valid ? static_cast<int64_t>(row + mine) * p.inputs : 0) + part * 8;
-    char* const to = stages + i % STAGES * WK * Tile::x_pitch + mine * kSliceBytes + part * 16;
+  // A stage has WK slices, one for each part of the warps. Counted down, as a register is dear here: `left` are not multiplied yet
+  // by the warps of part 0, `coming` not copied.
+  int left = static_cast<int>(slices), coming = left;
+  const uint32_t mine = row + threadIdx.x / 4;
+  const bool valid = mine < p.rows;
+  const __nv_bfloat16* from = p.x + static_cast<int64_t>(valid ? mine : 0) * p.inputs + begin * kSlice + threadIdx.x % 4 * 8;
+  const uint32_t own = place_in_slice(threadIdx.x / 4, threadIdx.x % 4);
+  const auto copy_x = [&](uint32_t stage) {  // bytes from the first one
 #pragma unroll
-    for (uint32_t k = 0; k < WK; ++k) {
-      if (i * WK + k < slices) copy_async(to + k * Tile::x_pitch, from + (begin + i * WK + k) * kSlice, valid);
+    for (int k = 0; k < WK; ++k) {
+      if (k < coming) copy_async(stages + own + stage + k * Tile::x_pitch, from + k * kSlice, valid);
     }
+    from += WK * kSlice;
+    coming -= WK;
   };
 #pragma unroll
   for (uint32_t i = 0; i < STAGES; ++i) {
-    if (i < iterations) copy_x(i);
+    copy_x(i * WK * Tile::x_pitch);
     commit_copies();
   }
 
   float sums[2][NT][4] = {};
-  const uint32_t g = lane / 4, t = lane % 4;
-  for (uint32_t i = 0; i < iterations; ++i) {
+  const uint32_t x = wk * Tile::x_pitch + wm * 32 * kSliceBytes;
+  uint32_t w = wk * Tile::weight_pitch + wn * NT * 8 * kSliceBytes, stage = 0;
+#pragma unroll 1
+  for (; left > 0; left -= WK) {
     wait_for_copies<STAGES - 1>();
     __syncthreads();
-    if (i * WK + wk < slices) {
-      const char* const x = stages + (i % STAGES * WK + wk) * Tile::x_pitch;
-      const char* const w = weights + (i * WK + wk) * Tile::weight_pitch;
-      Words low[2], high[2];
+    if (static_cast<int>(wk) < left) {
+      uint32_t a[2][2][4];  // of 16 rows and half a slice
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        low[m] = load_words(x, wm * 32 + m * 16 + g, t);
-        high[m] = load_words(x, wm * 32 + m * 16 + g + 8, t);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) load_rows(a[m][half], stages + x + stage, m * 16, half);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const Words other = load_words(w, (wn * NT + n) * 8 + g, t);
+        uint32_t b[4];
+        load_columns(b, weights + w, n * 8);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) multiply(sums[m][n], low[m], high[m], other);
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply(sums[m][n], a[m][half], b, 2 * half);
+        }
       }
     }
-    if (i + STAGES < iterations) {
+    w += WK * Tile::weight_pitch;
+    if (coming > 0) {
       __syncthreads();
-      copy_x(i + STAGES);
+      copy_x(stage);
     }
     commit_copies();
+    stage = stage == (STAGES - 1) * WK * Tile::x_pitch ? 0 : stage + WK * Tile::x_pitch;
   }
 
   // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the cluster's.
@@ -202,7 +222,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
     __syncthreads();
   }
   if (wk == 0) put(0);
-  cluster_arrive();
+  cluster_arrive<true>();
   cluster_wait();
 
   const auto finish = [&](auto cluster) {
@@ -238,8 +258,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
   if (p.cluster == 4) finish(Constant<4>{});
   if (p.cluster == 2) finish(Constant<2>{});
   if (p.cluster == 1) finish(Constant<1>{});
-  // Nobody leaves while another one may read its shared memory.
-  cluster_arrive();
+  // Nobody leaves while another one may read its shared memory; what was read has been used.
+  cluster_arrive<false>();
   cluster_wait();
 }
 
@@ -257,8 +277,6 @@ inline float attention_scale(uint32_t width) {
   return 1.4426950408889634f / std::sqrt(static_cast<float>(width));
 }
 
-constexpr uint32_t kHeadSlices = kMaxHead / kSlice;
-
 // Bytes of a row of v, an odd number of 16, so that rows lie in different banks.
 __host__ __device__ constexpr uint32_t value_pitch(uint32_t width) { return (width / 8 | 1) * 16; }
 
@@ -266,25 +284,27 @@ __host__ __device__ constexpr uint32_t attention_bytes(uint32_t width) {
   return 2 * ((width + kSlice - 1) / kSlice) * slice_pitch(kMaxTokens) + kMaxTokens * value_pitch(width);
 }
 
+// SLICES hold a row of a head.
+template <uint32_t SLICES>
 __global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttention p) {
   TEXTOK_DYNAMIC_SHARED(shared);
   constexpr uint32_t pitch = slice_pitch(kMaxTokens);
-  const uint32_t slices = (p.width + kSlice - 1) / kSlice, chunks = p.width / 8;
+  const uint32_t chunks = p.width / 8;
   char* const queries = reinterpret_cast<char*>(shared);
-  char* const keys = queries + slices * pitch;
-  char* const values = keys + slices * pitch;
-  const uint32_t sample = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  char* const keys = queries + SLICES * pitch;
+  char* const values = keys + SLICES * pitch;
+  const uint32_t sample = blockIdx.y, head = blockIdx.x;
   const uint32_t groups = (p.tokens + 15) / 16;  // of 16 rows, queries or keys
 
   allow_next_kernel();
   await_previous_kernel();
   const int64_t part = static_cast<int64_t>(p.heads) * p.width;  // from q to k
   const __nv_bfloat16* const from = p.qkv + static_cast<int64_t>(sample) * p.tokens * 3 * part + head * p.width;
-  for (uint32_t i = threadIdx.x; i < groups * 16 * slices * 4; i += kRowsThreads) {
-    const uint32_t row = i / (slices * 4), chunk = i % (slices * 4);
+  for (uint32_t i = threadIdx.x; i < groups * 16 * SLICES * 4; i += kRowsThreads) {
+    const uint32_t row = i / (SLICES * 4), chunk = i % (SLICES * 4);
     const bool valid = row < p.tokens && chunk < chunks;
     const __nv_bfloat16* const address = valid ? from + static_cast<int64_t>(row) * 3 * part + chunk * 8 : p.qkv;
-    const uint32_t to = chunk / 4 * pitch + row * kSliceBytes + chunk % 4 * 16;
+    const uint32_t to = chunk / 4 * pitch + place_in_slice(row, chunk % 4);
     copy_async(queries + to, address, valid);
     copy_async(keys + to, valid ? address + part : p.qkv, valid);
     if (chunk < chunks) {
@@ -301,13 +321,17 @@ __global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttenti
   if (group >= groups) return;
   float scores[kMaxTokens / 8][4] = {};
 #pragma unroll
-  for (uint32_t s = 0; s < kHeadSlices; ++s) {
-    if (s >= slices) break;
-    const Words low = load_words(queries + s * pitch, group * 16 + g, t);
-    const Words high = load_words(queries + s * pitch, group * 16 + g + 8, t);
+  for (uint32_t s = 0; s < SLICES; ++s) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_rows(a[half], queries + s * pitch, group * 16, half);
 #pragma unroll
     for (uint32_t n = 0; n < kMaxTokens / 8; ++n) {
-      if (n < groups * 2) multiply(scores[n], low, high, load_words(keys + s * pitch, n * 8 + g, t));
+      if (n >= groups * 2) continue;
+      uint32_t b[4];
+      load_columns(b, keys + s * pitch, n * 8);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) multiply(scores[n], a[half], b, 2 * half);
     }
   }
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {};
@@ -347,7 +371,7 @@ __global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttenti
       const float(&one)[4] = scores[2 * k];
       const float(&two)[4] = scores[2 * k + 1];
       const char* const place = values + (k * 16 + 2 * t) * value_pitch(p.width) + column * 16 + g * 2;
-      uint32_t pair[2];
+      uint32_t pair[4];
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
         const char* const at = place + half * 8 * value_pitch(p.width);
@@ -392,8 +416,8 @@ template <typename T>
 __global__ void __launch_bounds__(kRowsThreads) rows_norm(const RowsNorm<T> p) {
   constexpr uint32_t kEach = kMaxNormWidth / 4 / kRowsThreads;
   __shared__ float shared[kRowsThreads / kWarp];
-  const uint32_t row = blockIdx.x, sample = row / p.tokens;
-  const int64_t begin = static_cast<int64_t>(row) * p.width;
+  const uint32_t sample = blockIdx.y;
+  const int64_t begin = (static_cast<int64_t>(sample) * p.tokens + blockIdx.x) * p.width;
 
   allow_next_kernel();
   await_previous_kernel();
@@ -509,7 +533,12 @@ inline RowsPlan plan_rows_product(
   return best;
 }
 
-// launch(kernel, blocks, threads, bytes of dynamic shared memory, arguments, blocks of a cluster)
+// Blocks in each direction, of which so many along x are a cluster.
+struct Grid {
+  uint32_t x, y, z, cluster;
+};
+
+// launch(kernel, grid, threads, bytes of dynamic shared memory, arguments)
 template <typename Launch>
 void launch_rows_product(RowsProduct p, uint32_t columns, Launch&& launch) {
   if (p.rows == 0) return;
@@ -517,23 +546,26 @@ void launch_rows_product(RowsProduct p, uint32_t columns, Launch&& launch) {
   with_rows_tile(columns, [&](auto nt, auto wn, auto wk, auto stages) {
     constexpr int NT = decltype(nt)::value, WN = decltype(wn)::value, WK = decltype(wk)::value;
     constexpr int STAGES = decltype(stages)::value;
-    const uint32_t tiles = (p.rows + kTileRows - 1) / kTileRows * ((p.outputs + columns - 1) / columns);
-    launch(
-        rows_product<NT, WN, WK, STAGES>, tiles * p.cluster * p.splits, kRowsThreads,
-        RowsTile<NT, WN, WK, STAGES>::bytes(p.slices), p, p.cluster);
+    const Grid grid{
+        p.cluster * p.splits, (p.outputs + columns - 1) / columns, (p.rows + kTileRows - 1) / kTileRows, p.cluster};
+    launch(rows_product<NT, WN, WK, STAGES>, grid, kRowsThreads, RowsTile<NT, WN, WK, STAGES>::bytes(p.slices), p);
   });
 }
 
 template <typename Launch>
 void launch_rows_attention(const RowsAttention& p, Launch&& launch) {
   if (p.batch * p.tokens == 0) return;
-  launch(rows_attention, p.batch * p.heads, kRowsThreads, attention_bytes(p.width), p, 1u);
+  const Grid grid{p.heads, p.batch, 1, 1};
+  const uint32_t bytes = attention_bytes(p.width);
+  if (p.width <= kSlice) return launch(rows_attention<1>, grid, kRowsThreads, bytes, p);
+  if (p.width <= 2 * kSlice) return launch(rows_attention<2>, grid, kRowsThreads, bytes, p);
+  launch(rows_attention<3>, grid, kRowsThreads, bytes, p);
 }
 
 template <typename T, typename Launch>
 void launch_rows_norm(const RowsNorm<T>& p, Launch&& launch) {
   if (p.rows == 0) return;
-  launch(rows_norm<T>, p.rows, kRowsThreads, 0, p, 1u);
+  launch(rows_norm<T>, Grid{p.tokens, p.rows / p.tokens, 1, 1}, kRowsThreads, 0, p);
 }
 
 }  // namespace textok_fast::cuda

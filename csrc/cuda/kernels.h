@@ -15,7 +15,7 @@ namespace textok_fast::cuda {
 struct Stream {
   cudaStream_t stream;
   cudaError_t error = cudaSuccess;
-  bool overlap = true;  // of kernels that are launched in clusters with the one before; see tile.h
+  bool overlap = true;  // of kernels on a Grid with the one before; see tile.h
 
   template <typename Arguments>
   void operator()(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, size_t shared, const Arguments& arguments) {
@@ -26,18 +26,18 @@ struct Stream {
 
   template <typename Arguments>
   void operator()(
-      void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, size_t shared, const Arguments& arguments, uint32_t cluster) {
+      void (*kernel)(Arguments), const Grid& grid, uint32_t threads, size_t shared, const Arguments& arguments) {
     if (error == cudaSuccess && shared > 48 << 10) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     }
     if (error != cudaSuccess) return;
-    cudaLaunchAttribute attributes[2];
+    cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {cluster, 1, 1};
+    attributes[0].val.clusterDim = {grid.cluster, 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
+    config.gridDim = dim3(grid.x, grid.y, grid.z);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;

@@ -43,24 +43,27 @@ __device__ inline void wait_for_copies() {
 // c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums, by a warp. With g = lane / 4 and t = lane % 4 a thread holds,
 // two numbers a word: a[0] row g, columns 2 t and 2 t + 1; a[1] row g + 8; a[2], a[3] the same 8 columns further; b[0] column g,
 // rows 2 t and 2 t + 1; b[1] 8 rows further; c[0], c[1] row g, columns 2 t and 2 t + 1; c[2], c[3] row g + 8.
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], int of_b = 0) {
 #if defined(__CUDACC__)
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[of_b]), "r"(b[of_b + 1]));
 #else
-  emulation::multiply(c, a, b);
+  emulation::multiply(c, a, b + of_b);
 #endif
 }
 
-// A thread's 16 bytes of one row, which are 8 of the 32 numbers that four threads hold. The order of a sum does not matter, as
-// long as both factors have the same: words 0 and 1 go into one product of 16 numbers, 2 and 3 into another.
-using Words = Pack<uint32_t, 4>;
-
-// c += the product over 32 numbers of rows g and g + 8 of one factor with row g of the other.
-__device__ inline void multiply(float (&c)[4], const Words& low, const Words& high, const Words& other) {
-  multiply(c, {low.v[0], high.v[0], low.v[1], high.v[1]}, {other.v[0], other.v[1]});
-  multiply(c, {low.v[2], high.v[2], low.v[3], high.v[3]}, {other.v[2], other.v[3]});
+// Four matrices of 8 rows of 16 bytes in shared memory, whose rows are where lanes 0 to 7, 8 to 15, ... say. Of each a thread gets
+// word lane % 4 of row lane / 4.
+__device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  emulation::load_matrices(words, row);
+#endif
 }
 
 // Two numbers as a word, the first in its lower half.
@@ -74,16 +77,21 @@ __device__ inline uint32_t pack_bf16(float first, float second) {
 // -- clusters ----------------------------------------------------------------------------------------------------------------
 
 // A barrier for all threads of the cluster, in two halves: what was written to shared memory before the first is there for all
-// after the second.
+// after the second, if `release`: that waits for the thread's writes to global memory too.
+template <bool release>
 __device__ inline void cluster_arrive() {
 #if defined(__CUDACC__)
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  if constexpr (release) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
 #else
   __trap();  // the host launches no such kernel there
 #endif
 #else
-  emulation::cluster_arrive();
+  emulation::cluster_arrive<release>();
 #endif
 }
 

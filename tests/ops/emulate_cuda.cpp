@@ -22,7 +22,7 @@
 #define TEXTOK_DYNAMIC_SHARED(name) float* const name = emulation::own_shared()
 
 struct Dim {
-  unsigned x;
+  unsigned x, y, z;
 };
 static Dim threadIdx, blockIdx, blockDim;
 
@@ -82,7 +82,7 @@ struct Factors {
   uint32_t a[4], b[2];
 };
 
-unsigned cluster_blocks, first_block;    // of the running cluster
+unsigned cluster_blocks, first_block;    // of the running cluster, along x
 std::vector<std::vector<float>> shared;  // of each of its blocks
 std::vector<Thread> threads(kMostThreads);
 unsigned current;  // thread of the cluster
@@ -188,8 +188,16 @@ void run_cluster(unsigned count) {
 
 struct Launch {
   template <typename Arguments>
-  void operator()(
-      void (*kernel)(Arguments), unsigned blocks, unsigned count, size_t bytes, const Arguments& arguments, unsigned cluster = 1) {
+  void operator()(void (*kernel)(Arguments), unsigned blocks, unsigned count, size_t bytes, const Arguments& arguments) {
+    struct {
+      unsigned x, y, z, cluster;
+    } grid{blocks, 1, 1, 1};
+    (*this)(kernel, grid, count, bytes, arguments);
+  }
+
+  template <typename Arguments, typename Grid>
+  void operator()(void (*kernel)(Arguments), const Grid& grid, unsigned count, size_t bytes, const Arguments& arguments) {
+    const unsigned cluster = grid.cluster;
     Call<Arguments>::kernel = kernel;
     Call<Arguments>::arguments = &arguments;
     body = Call<Arguments>::run;
@@ -201,8 +209,12 @@ struct Launch {
       regions.push_back({reinterpret_cast<const char*>(each.data()), reinterpret_cast<const char*>(each.data()) + bytes});
     }
     blockDim.x = count;
-    if (blocks % cluster != 0) failure = "clusters that are not whole";
-    for (first_block = 0; first_block < blocks && failure == nullptr; first_block += cluster) run_cluster(count * cluster);
+    if (grid.x % cluster != 0) failure = "clusters that are not whole";
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+      for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+        for (first_block = 0; first_block < grid.x && failure == nullptr; first_block += cluster) run_cluster(count * cluster);
+      }
+    }
     regions.resize(regions.size() - cluster);
   }
 };
@@ -232,10 +244,10 @@ void wait_for_copies(unsigned but) {
   }
 }
 
-void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
   Barrier& warp = warp_barriers[current / 32];
   std::copy(std::begin(a), std::end(a), factors[current].a);
-  std::copy(std::begin(b), std::end(b), factors[current].b);
+  std::copy(b, b + 2, factors[current].b);
   wait(warp, 32);
   const auto number = [](uint32_t word, unsigned half) {
     return __bfloat162float({static_cast<uint16_t>(half ? word >> 16 : word)});
@@ -251,9 +263,24 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   wait(warp, 32);
 }
 
+const void* rows_of_matrices[kMostThreads];
+
+void load_matrices(uint32_t (&words)[4], const void* row) {
+  Barrier& warp = warp_barriers[current / 32];
+  touch(row, 16);
+  rows_of_matrices[current] = row;
+  wait(warp, 32);
+  const unsigned first = current / 32 * 32;
+  for (unsigned i = 0; i < 4 && failure == nullptr; ++i) {
+    words[i] = static_cast<const uint32_t*>(rows_of_matrices[first + i * 8 + current % 32 / 4])[current % 4];
+  }
+  wait(warp, 32);
+}
+
 // The halves of the barrier: what each thread has arrived at.
 unsigned arrived_at[kMostThreads];
 
+template <bool release>
 void cluster_arrive() {
   arrived_at[current] = cluster_barrier.generation;
   if (++cluster_barrier.arrived == cluster_blocks * blockDim.x) {
