@@ -32,6 +32,12 @@ from textok_fast.ops.dispatch import use_backend
 SIZES = {"S": (384, 6, 12), "B": (768, 12, 12), "L": (1024, 16, 24), "XL": (1152, 16, 28)}  # width, heads, blocks
 PARTS = ("qkv", "attention", "proj", "fc1", "fc2")  # proj and fc2 with the gated LayerNorm after them
 EPS = 1e-6
+GROUPS = [0, 1] if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) else [0]  # warpgroups or not
+
+
+def switch(groups: int, overlap: int) -> None:
+    """Of packed_block's kernels."""
+    os.environ |= {"TEXTOK_WARPGROUPS": str(groups), "TEXTOK_OVERLAP": str(overlap)}
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -96,26 +102,27 @@ class Case:
             x, hidden = block(x, hidden, self.modulation, (self.shift, self.scale))
         return x, hidden
 
-    def mixed(self, parts: set[str], overlap: bool = True) -> tuple[Tensor, Tensor]:
+    def mixed(self, parts: set[str], groups: bool = False, overlap: bool = True) -> tuple[Tensor, Tensor]:
         """All blocks, ``parts`` of each by the new kernels and the others as they are now."""
+        self.groups, self.overlap = groups, overlap
         x, hidden = self.x, self.hidden
         _, _, gate1, shift2, scale2, gate2 = self.modulation.chunk(6, dim=1)
         for block in self.blocks:
             attn, mlp = block.attn, block.mlp
-            qkv = self._linear(hidden, attn.qkv, "none", "qkv" in parts, overlap)
+            qkv = self._linear(hidden, attn.qkv, "none", "qkv" in parts)
             if "attention" in parts:
                 attended = torch.ops.textok_fast.few_rows_attention(qkv, self.heads, overlap)
             else:
                 attended = ops.short_attention(qkv, self.heads)
-            x, hidden = self._norm(x, attended, attn.proj, gate1, shift2, scale2, "proj" in parts, overlap)
-            inner = self._linear(hidden, mlp.fc1, "gelu_tanh", "fc1" in parts, overlap)
-            x, hidden = self._norm(x, inner, mlp.fc2, gate2, self.shift, self.scale, "fc2" in parts, overlap)
+            x, hidden = self._norm(x, attended, attn.proj, gate1, shift2, scale2, "proj" in parts)
+            inner = self._linear(hidden, mlp.fc1, "gelu_tanh", "fc1" in parts)
+            x, hidden = self._norm(x, inner, mlp.fc2, gate2, self.shift, self.scale, "fc2" in parts)
         return x, hidden
 
-    def _linear(self, x: Tensor, layer: torch.nn.Linear, activation: str, new: bool, overlap: bool) -> Tensor:
+    def _linear(self, x: Tensor, layer: torch.nn.Linear, activation: str, new: bool) -> Tensor:
         if new:
             out = torch.ops.textok_fast.few_rows_linear(
-                x.view(self.rows, -1), layer.weight, layer.bias, activation, False, 0, 0, 0, overlap
+                x.view(self.rows, -1), layer.weight, layer.bias, activation, False, 0, 0, 0, self.groups, self.overlap
             )
             return out.view(*x.shape[:2], -1)
         return layer(x) if activation == "none" else ops.linear_gelu(x, layer.weight, layer.bias, "tanh")
@@ -129,14 +136,13 @@ class Case:
         shift: Tensor,
         scale: Tensor,
         new: bool,
-        overlap: bool,
     ) -> tuple[Tensor, Tensor]:
         if not new:
             return ops.gated_residual_layer_norm_modulate(x, layer(branch), gate, shift, scale)
         parts = torch.ops.textok_fast.few_rows_linear(
-            branch.view(self.rows, -1), layer.weight, None, "none", True, 0, 0, 0, overlap
+            branch.view(self.rows, -1), layer.weight, None, "none", True, 0, 0, 0, self.groups, self.overlap
         )
-        return torch.ops.textok_fast.few_rows_norm(x, parts, layer.bias, gate, shift, scale, EPS, overlap)
+        return torch.ops.textok_fast.few_rows_norm(x, parts, layer.bias, gate, shift, scale, EPS, self.overlap)
 
     def exact(self, block: DiTBlock) -> tuple[Tensor, Tensor]:
         """A block in float64."""
@@ -166,21 +172,21 @@ def correctness(case: Case) -> dict[str, Any]:
     wanted = case.exact(case.blocks[0])
     errors: dict[str, Any] = {"present": [relative(*pair) for pair in zip(case.chain(case.blocks[:1]), wanted, strict=True)]}
     with use_backend(packed_block="native"):
-        for overlap in ("0", "1"):
-            os.environ["TEXTOK_OVERLAP"] = overlap
-            errors[f"new, overlap {overlap}"] = [relative(*pair) for pair in zip(case.chain(case.new[:1]), wanted, strict=True)]
-        os.environ["TEXTOK_OVERLAP"] = "0"
-        alone = [tensor.clone() for tensor in case.chain(case.new)]
-        os.environ["TEXTOK_OVERLAP"] = "1"
-        found: list[tuple[Tensor, Tensor]] = []
-        graph = capture(lambda: found.append(case.chain(case.new)))
-        same = 0
-        for _ in range(100):
-            for tensor in found[-1]:
-                tensor.fill_(torch.nan)
-            graph.replay()
-            same += all(torch.equal(*pair) for pair in zip(found[-1], alone, strict=True))
-        errors["replays of 100 that equal launches one by one to the bit"] = same
+        for groups in GROUPS:
+            name = f"new, warpgroups {groups}"
+            switch(groups, 0)
+            errors[name] = [relative(*pair) for pair in zip(case.chain(case.new[:1]), wanted, strict=True)]
+            alone = [tensor.clone() for tensor in case.chain(case.new)]
+            switch(groups, 1)
+            found: list[tuple[Tensor, Tensor]] = []
+            graph = capture(lambda: found.append(case.chain(case.new)))  # noqa: B023
+            same = 0
+            for _ in range(100):
+                for tensor in found[-1]:
+                    tensor.fill_(torch.nan)
+                graph.replay()
+                same += all(torch.equal(*pair) for pair in zip(found[-1], alone, strict=True))
+            errors[f"{name}: of 100 replays equal to launches one by one"] = same
         chain = case.chain(case.blocks)
         errors["all blocks, new against present"] = [
             relative(*pair) for pair in zip(alone, [t.double() for t in chain], strict=True)
@@ -191,12 +197,15 @@ def correctness(case: Case) -> dict[str, Any]:
 def block_times(case: Case) -> dict[str, Any]:
     times: dict[str, Any] = {"present": microseconds(partial(case.chain, case.blocks), case.depth)}
     with use_backend(packed_block="native"):
-        for overlap in ("1", "0"):
-            os.environ["TEXTOK_OVERLAP"] = overlap
-            times[f"new, overlap {overlap}"] = microseconds(partial(case.chain, case.new), case.depth)
-        os.environ["TEXTOK_OVERLAP"] = "1"
+        for groups in GROUPS:
+            for overlap in (1, 0):
+                switch(groups, overlap)
+                times[f"new, warpgroups {groups}, overlap {overlap}"] = microseconds(partial(case.chain, case.new), case.depth)
     everything = set(PARTS)
-    times["new, called one by one"] = microseconds(partial(case.mixed, everything), case.depth)
+    for groups in GROUPS:
+        times[f"new, warpgroups {groups}, called one by one"] = microseconds(
+            partial(case.mixed, everything, bool(groups)), case.depth
+        )
     for part in PARTS:
         times[f"all new but {part}"] = microseconds(partial(case.mixed, everything - {part}), case.depth)
     for part in PARTS:
@@ -221,17 +230,21 @@ def kernel_times(case: Case) -> dict[str, Any]:
     library = torch.ops.textok_fast
     for name, (layers, x, activation, parts) in products(case).items():
 
-        def new(overlap: bool, layers: Any = layers, x: Tensor = x, activation: str = activation, parts: bool = parts) -> None:
+        def new(
+            groups: bool, overlap: bool, layers: Any = layers, x: Tensor = x, activation: str = activation, parts: bool = parts
+        ) -> None:
             for layer in layers:
                 bias = None if parts else layer.bias
-                library.few_rows_linear(x, layer.weight, bias, activation, parts, 0, 0, 0, overlap)
+                library.few_rows_linear(x, layer.weight, bias, activation, parts, 0, 0, 0, groups, overlap)
 
         def present(layers: Any = layers, x: Tensor = x, activation: str = activation) -> None:
             for layer in layers:
                 layer(x) if activation == "none" else ops.linear_gelu(x, layer.weight, layer.bias, "tanh")
 
-        for overlap in (True, False):
-            times[f"{name}, overlap {int(overlap)}"] = microseconds(partial(new, overlap), case.depth)
+        for groups in GROUPS:
+            for overlap in (1, 0):
+                run = partial(new, bool(groups), bool(overlap))
+                times[f"{name}, warpgroups {groups}, overlap {overlap}"] = microseconds(run, case.depth)
         times[f"{name}, present"] = microseconds(present, case.depth)
     qkv = torch.randn(*case.hidden.shape[:2], 3 * case.width, device="cuda").bfloat16()
     sums = torch.randn(2, case.rows, case.width, device="cuda")
@@ -270,12 +283,16 @@ def tile_times(case: Case, deadline: float) -> dict[str, dict[str, Any]]:
                     if weights > 90_000 or not 40 <= blocks <= 400 or time.monotonic() > deadline:
                         continue
 
-                    def run(tile: tuple[int, int, int] = (columns, cluster, splits)) -> None:
-                        for layer in layers:  # noqa: B023
-                            bias = None if parts else layer.bias  # noqa: B023
-                            torch.ops.textok_fast.few_rows_linear(x, layer.weight, bias, activation, parts, *tile, True)  # noqa: B023
+                    for groups in GROUPS:
+                        tile = (columns, cluster, splits, bool(groups), True)
 
-                    found[f"{columns}x{cluster}x{splits}"] = microseconds(run, case.depth, replays=7)
+                        def run(tile: Any = tile, layers: Any = layers, x: Any = x, activation: str = activation) -> None:
+                            for layer in layers:
+                                bias = None if parts else layer.bias  # noqa: B023
+                                torch.ops.textok_fast.few_rows_linear(x, layer.weight, bias, activation, parts, *tile)  # noqa: B023
+
+                        name_of_tile = f"{columns}x{cluster}x{splits}" + groups * " by warpgroups"
+                        found[name_of_tile] = microseconds(run, case.depth, replays=7)
         times[name] = dict(sorted(found.items(), key=lambda pair: (isinstance(pair[1], str), pair[1])))
     return times
 

@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(textok_fast, m) {
       "int kind, str activation, float eps) -> (Tensor, Tensor)");
   m.def(
       "few_rows_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool partial, int columns, int cluster, "
-      "int splits, bool overlap) -> Tensor");
+      "int splits, bool warpgroups, bool overlap) -> Tensor");
   m.def("few_rows_attention(Tensor qkv, int heads, bool overlap) -> Tensor");
   m.def(
       "few_rows_norm(Tensor x, Tensor partial, Tensor bias, Tensor gate, Tensor shift, Tensor scale, float eps, "

@@ -373,9 +373,9 @@ Tensor guided_step(
 
 // -- few_rows_linear, few_rows_attention, few_rows_norm, packed_block --------------------------------------------------------
 
-bool environment_allows_overlap() {
-  const char* const value = std::getenv("TEXTOK_OVERLAP");
-  return value == nullptr || std::string_view(value) != "0";
+bool switched(const char* name, bool otherwise) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? otherwise : std::string_view(value) != "0";
 }
 
 uint32_t processors_of(const Tensor& tensor) {
@@ -384,6 +384,13 @@ uint32_t processors_of(const Tensor& tensor) {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()) == cudaSuccess,
       "textok_fast: the GPU does not tell its number of multiprocessors");
   return static_cast<uint32_t>(count);
+}
+
+bool is_hopper(const Tensor& tensor) {
+  int major = 0, minor = 0;
+  const int device = tensor.get_device_index();
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
 }
 
 // A contiguous bfloat16 (or other) tensor, of 16-byte alignment, of this shape.
@@ -412,6 +419,7 @@ Tensor rows_linear(
   plan = plan_rows_product(
       static_cast<uint32_t>(rows), static_cast<uint32_t>(inputs), static_cast<uint32_t>(outputs), partial, processors_of(x), plan);
   STD_TORCH_CHECK(plan.columns != 0, "no tile for this product");
+  STD_TORCH_CHECK(!plan.groups || is_hopper(x), "only GPUs of compute capability 9.0 multiply by warpgroups");
   RowsProduct p{};
   p.x = static_cast<const __nv_bfloat16*>(x.const_data_ptr());
   p.weight = dense_data<__nv_bfloat16>("weight", weight, x, {outputs, inputs});
@@ -419,13 +427,11 @@ Tensor rows_linear(
   p.rows = static_cast<uint32_t>(rows);
   p.inputs = static_cast<uint32_t>(inputs);
   p.outputs = static_cast<uint32_t>(outputs);
-  p.cluster = plan.cluster;
-  p.splits = plan.splits;
   p.activation = activation;
   const Tensor out = partial ? empty(x, {plan.splits, rows, outputs}, ScalarType::Float)
                              : empty(x, {rows, outputs}, ScalarType::BFloat16);
   partial ? void(p.partial = data_of<float>(out)) : void(p.out = data_of<__nv_bfloat16>(out));
-  run_rows_product(p, plan.columns, stream);
+  run_rows_product(p, plan, stream);
   return out;
 }
 
@@ -515,12 +521,12 @@ std::tuple<Tensor, Tensor> rows_gated_norm(
 
 Tensor few_rows_linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::string activation, bool partial,
-    int64_t columns, int64_t cluster, int64_t splits, bool overlap) {
+    int64_t columns, int64_t cluster, int64_t splits, bool warpgroups, bool overlap) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be (M, in) and weight (out, in)");
   dense_data<__nv_bfloat16>("x", x, x, {x.size(0), weight.size(1)});
   Launcher launcher(x);
   launcher.stream().overlap = overlap;
-  const RowsPlan plan{static_cast<uint32_t>(columns), static_cast<uint32_t>(cluster), static_cast<uint32_t>(splits)};
+  const RowsPlan plan{static_cast<uint32_t>(columns), static_cast<uint32_t>(cluster), static_cast<uint32_t>(splits), warpgroups};
   const Tensor out = rows_linear(
       x, x.size(0), weight, bias.has_value() ? &*bias : nullptr, activation_of(activation), partial, plan, launcher.stream());
   launcher.check("few_rows_linear");
@@ -564,12 +570,13 @@ std::tuple<Tensor, Tensor> packed_block(
 
   Launcher launcher(x);
   Stream& stream = launcher.stream();
-  stream.overlap = environment_allows_overlap();
+  stream.overlap = switched("TEXTOK_OVERLAP", true);
+  const RowsPlan plan{0, 0, 0, switched("TEXTOK_WARPGROUPS", false)};
   const auto linear = [&](const Tensor& from, size_t index, Activation with = Activation::kNone) {
-    return rows_linear(from, rows, weights[index], &weights[index + 1], with, false, {}, stream);
+    return rows_linear(from, rows, weights[index], &weights[index + 1], with, false, plan, stream);
   };
   const auto partial = [&](const Tensor& from, size_t index) {
-    return rows_linear(from, rows, weights[index], nullptr, Activation::kNone, true, {}, stream);
+    return rows_linear(from, rows, weights[index], nullptr, Activation::kNone, true, plan, stream);
   };
   const Tensor attended = rows_attend(linear(hidden, 0), batch, tokens, width, heads, stream);
   const auto [between, normed] = rows_gated_norm(

@@ -2,8 +2,8 @@
 
 namespace textok_fast::cuda {
 
-void run_rows_product(const RowsProduct& arguments, uint32_t columns, Stream& stream) {
-  launch_rows_product(arguments, columns, stream);
+void run_rows_product(const RowsProduct& arguments, const RowsPlan& plan, Stream& stream) {
+  launch_rows_product(arguments, plan, stream);
 }
 
 void run_rows_attention(const RowsAttention& arguments, Stream& stream) { launch_rows_attention(arguments, stream); }

@@ -24,8 +24,8 @@ constexpr uint32_t kMaxNormWidth = 2048;
 constexpr uint32_t kMostShared = 113 << 10;  // of a block: two of them, or one and the next kernel's, fit a multiprocessor
 
 // Slices of R rows lie one after the other, each row's 64 bytes side by side as four chunks, in an order that differs from row to
-// row: so 8 rows of the same chunk lie in different banks. The 64 bytes after a slice do that for a row's slices.
-__host__ __device__ constexpr uint32_t slice_pitch(uint32_t rows) { return rows * kSliceBytes + 64; }
+// row: so 8 rows of the same chunk lie in different banks. It is also an order that warpgroups read.
+__host__ __device__ constexpr uint32_t slice_pitch(uint32_t rows) { return rows * kSliceBytes; }
 
 __device__ inline uint32_t place_in_slice(uint32_t row, uint32_t chunk) {
   return row * kSliceBytes + (chunk ^ row / 2 % 4) * 16;
@@ -68,31 +68,37 @@ struct RowsProduct {
   Activation activation;
 };
 
-// 8 warps: 2 along the rows, WN along the columns with NT * 8 each, WK along the sum. STAGES * WK slices of x at a time.
-template <int NT, int WN, int WK, int STAGES>
+// 8 warps: some along the rows, 32 each or with GROUPS, where four of them multiply together, 16; WN along the columns with NT * 8
+// each; WK along the sum. STAGES times some slices of x are in shared memory at a time.
+template <bool GROUPS, int NT, int WN, int WK, int STAGES>
 struct RowsTile {
-  static_assert(2 * WN * WK * kWarp == kRowsThreads);
+  static constexpr int MT = GROUPS ? 1 : 2, WM = GROUPS ? 4 : 2;  // 16 rows of a warp, warps
+  static_assert(WM * WN * WK * kWarp == kRowsThreads);
   static constexpr uint32_t columns = NT * WN * 8;
   static constexpr uint32_t weight_pitch = slice_pitch(columns), x_pitch = slice_pitch(kTileRows);
   static constexpr uint32_t sums = kTileRows * columns / 4;  // fours
 
+  // Of this, a multiple of WK for GROUPS, whose warps all have as many.
+  __host__ __device__ static constexpr uint32_t whole(uint32_t slices) { return GROUPS ? (slices + WK - 1) / WK * WK : slices; }
+
   static constexpr uint32_t bytes(uint32_t slices) {
-    const uint32_t tiles = slices * weight_pitch + STAGES * WK * x_pitch;
+    const uint32_t tiles = whole(slices) * weight_pitch + STAGES * WK * x_pitch;
     const uint32_t staging = (WK > 2 ? WK / 2 : 1) * sums * 16;
     return tiles > staging ? tiles : staging;
   }
 };
 
-// Columns `first` and on of the `slices` slices from `begin` on, rows after the last one as zeros.
+// Columns `first` and on of the `slices` slices from `begin` on; columns after the last one, and slices up to `whole`, as zeros.
 template <uint32_t COLUMNS>
-__device__ inline void copy_weights(char* to, const RowsProduct& p, uint32_t first, uint32_t begin, uint32_t slices) {
-  const uint32_t chunks = slices * 4, count = COLUMNS * chunks;
+__device__ inline void copy_weights(
+    char* to, const RowsProduct& p, uint32_t first, uint32_t begin, uint32_t slices, uint32_t whole) {
+  const uint32_t chunks = whole * 4, count = COLUMNS * chunks;
   if (count == 0) return;
   const uint32_t row_step = kRowsThreads / chunks, chunk_step = kRowsThreads % chunks;
   uint32_t row = threadIdx.x / chunks, chunk = threadIdx.x % chunks;
   const __nv_bfloat16* const from = p.weight + static_cast<int64_t>(first) * p.inputs + begin * kSlice;
   for (uint32_t i = threadIdx.x; i < count; i += kRowsThreads) {
-    const bool valid = first + row < p.outputs;
+    const bool valid = first + row < p.outputs && chunk < slices * 4;
     const __nv_bfloat16* const address = valid ? from + static_cast<int64_t>(row) * p.inputs + chunk * 8 : p.weight;
     copy_async(to + chunk / 4 * slice_pitch(COLUMNS) + place_in_slice(row, chunk % 4), address, valid);
     row += row_step;
@@ -118,36 +124,40 @@ __device__ inline Pack<float, 4> sum_over_cluster(const Pack<float, 4>* place) {
   return parts[0];
 }
 
-template <int NT, int WN, int WK, int STAGES>
+template <bool GROUPS, int NT, int WN, int WK, int STAGES>
 __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduct p) {
-  using Tile = RowsTile<NT, WN, WK, STAGES>;
+  using Tile = RowsTile<GROUPS, NT, WN, WK, STAGES>;
+  constexpr int MT = Tile::MT, WM = Tile::WM;
   TEXTOK_DYNAMIC_SHARED(shared);
   char* const weights = reinterpret_cast<char*>(shared);
-  char* const stages = weights + p.slices * Tile::weight_pitch;
+  char* const stages = weights + Tile::whole(p.slices) * Tile::weight_pitch;
 
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t wm = warp % 2, wn = warp / 2 % WN, wk = warp / (2 * WN);
+  const uint32_t wm = warp % WM, wn = warp / WM % WN, wk = warp / (WM * WN);
   const uint32_t share = blockIdx.x, shares = p.cluster * p.splits;  // of the sum
   const uint32_t rank = share & (p.cluster - 1), split = share / p.cluster;
   const uint32_t column = blockIdx.y * Tile::columns, row = blockIdx.z * kTileRows;
   const uint32_t all = p.inputs / kSlice, begin = all * share / shares, slices = all * (share + 1) / shares - begin;
 
   allow_next_kernel();
-  copy_weights<Tile::columns>(weights, p, column, begin, slices);
+  copy_weights<Tile::columns>(weights, p, column, begin, slices, Tile::whole(slices));
   commit_copies();
   await_previous_kernel();
 
-  // A stage has WK slices, one for each part of the warps. Counted down, as a register is dear here: `left` are not multiplied yet
-  // by the warps of part 0, `coming` not copied.
-  int left = static_cast<int>(slices), coming = left;
+  // A stage has WK slices, one for each part of the warps. Counted down, as a register is dear here: `left` are not multiplied
+  // yet by the warps of part 0, `coming` not copied.
+  int left = static_cast<int>(slices), coming = static_cast<int>(Tile::whole(slices));
   const uint32_t mine = row + threadIdx.x / 4;
   const bool valid = mine < p.rows;
   const __nv_bfloat16* from = p.x + static_cast<int64_t>(valid ? mine : 0) * p.inputs + begin * kSlice + threadIdx.x % 4 * 8;
+  const __nv_bfloat16* const end = from + slices * kSlice;
   const uint32_t own = place_in_slice(threadIdx.x / 4, threadIdx.x % 4);
   const auto copy_x = [&](uint32_t stage) {  // bytes from the first one
 #pragma unroll
     for (int k = 0; k < WK; ++k) {
-      if (k < coming) copy_async(stages + own + stage + k * Tile::x_pitch, from + k * kSlice, valid);
+      if (k >= coming) continue;
+      const bool there = valid && (Tile::whole(1) == 1 || from + k * kSlice < end);
+      copy_async(stages + own + stage + k * Tile::x_pitch, there ? from + k * kSlice : p.x, there);
     }
     from += WK * kSlice;
     coming -= WK;
@@ -158,47 +168,77 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
     commit_copies();
   }
 
-  float sums[2][NT][4] = {};
-  const uint32_t x = wk * Tile::x_pitch + wm * 32 * kSliceBytes;
-  uint32_t w = wk * Tile::weight_pitch + wn * NT * 8 * kSliceBytes, stage = 0;
+  float sums[MT][NT][4] = {};
+  uint32_t stage = 0, w = wn * NT * 8 * kSliceBytes + wk * Tile::weight_pitch;  // bytes
+  const auto advance = [](uint32_t& stage) { stage = stage == (STAGES - 1) * WK * Tile::x_pitch ? 0 : stage + WK * Tile::x_pitch; };
+  if constexpr (GROUPS) {
+    // A stage's products run while those of the next are issued, and it is filled again when all warps have seen them end. So
+    // two stages are not on their way, which waits for two more than it must at first.
+    uint32_t free = 0;
 #pragma unroll 1
-  for (; left > 0; left -= WK) {
-    wait_for_copies<STAGES - 1>();
-    __syncthreads();
-    if (static_cast<int>(wk) < left) {
-      uint32_t a[2][2][4];  // of 16 rows and half a slice
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) load_rows(a[m][half], stages + x + stage, m * 16, half);
+    for (uint32_t i = 0; left > 0; ++i, left -= WK) {
+      wait_for_copies<STAGES - 3>();
+      show_copies_to_warpgroups();
+      __syncthreads();
+      if (i >= 2) {
+        if (coming > 0) copy_x(free);
+        commit_copies();
+        advance(free);
       }
+      begin_group_products();
+      const char* const x = stages + stage + wk * Tile::x_pitch;
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint32_t b[4];
-        load_columns(b, weights + w, n * 8);
+      for (int half = 0; half < 2; ++half) {
+        multiply_by_group(sums[0], describe_factor(x + half * 32), describe_factor(weights + w + half * 32));
+      }
+      commit_group_products();
+      wait_for_group_products<1>(sums[0]);
+      w += WK * Tile::weight_pitch;
+      advance(stage);
+    }
+    wait_for_group_products<0>(sums[0]);
+  } else {
+#pragma unroll 1
+    for (; left > 0; left -= WK) {
+      wait_for_copies<STAGES - 1>();
+      __syncthreads();
+      if (static_cast<int>(wk) < left) {
+        uint32_t a[MT][2][4];  // of 16 rows and half a slice
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int m = 0; m < MT; ++m) {
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply(sums[m][n], a[m][half], b, 2 * half);
+          for (int half = 0; half < 2; ++half) {
+            load_rows(a[m][half], stages + stage + wk * Tile::x_pitch, (wm * MT + m) * 16, half);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          uint32_t b[4];
+          load_columns(b, weights + w, n * 8);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int m = 0; m < MT; ++m) multiply(sums[m][n], a[m][half], b, 2 * half);
+          }
         }
       }
+      w += WK * Tile::weight_pitch;
+      if (coming > 0) {
+        __syncthreads();
+        copy_x(stage);
+      }
+      commit_copies();
+      advance(stage);
     }
-    w += WK * Tile::weight_pitch;
-    if (coming > 0) {
-      __syncthreads();
-      copy_x(stage);
-    }
-    commit_copies();
-    stage = stage == (STAGES - 1) * WK * Tile::x_pitch ? 0 : stage + WK * Tile::x_pitch;
   }
 
   // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the cluster's.
   __syncthreads();
   Pack<float, 4>* const staging = reinterpret_cast<Pack<float, 4>*>(weights);
-  const uint32_t slot = (wm * WN + wn) * 2 * NT * kWarp + lane;  // of this thread's first four sums
+  const uint32_t slot = (wm * WN + wn) * MT * NT * kWarp + lane;  // of this thread's first four sums
   const auto each = [&](auto&& run) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < MT; ++m) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) run(sums[m][n], slot + (m * NT + n) * kWarp);
     }
@@ -229,9 +269,9 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
     const uint32_t last = Tile::sums * (rank + 1) / p.cluster;
     for (uint32_t i = Tile::sums * rank / p.cluster + threadIdx.x; i < last; i += kRowsThreads) {
       const Pack<float, 4> sum = sum_over_cluster<decltype(cluster)::value>(staging + i);
-      const uint32_t piece = i / kWarp, n = piece % NT, m = piece / NT % 2, of = piece / (2 * NT);
+      const uint32_t piece = i / kWarp, n = piece % NT, m = piece / NT % MT, of = piece / (MT * NT);
       const uint32_t to = column + (of % WN * NT + n) * 8 + i % 4 * 2;
-      const uint32_t from = row + of / WN * 32 + m * 16 + i % kWarp / 4;
+      const uint32_t from = row + (of / WN * MT + m) * 16 + i % kWarp / 4;
       if (to >= p.outputs) continue;
       float biases[2] = {};
       if (p.bias != nullptr) {
@@ -476,18 +516,36 @@ __global__ void __launch_bounds__(kRowsThreads) rows_norm(const RowsNorm<T> p) {
 
 struct RowsPlan {
   uint32_t columns, cluster, splits;  // no columns: none fits
+  bool groups;                        // by warpgroups, which Hopper has
 };
 
-// Calls run(Constant<NT>, Constant<WN>, Constant<WK>, Constant<STAGES>) for the tile of so many columns.
+template <bool GROUPS, int NT, int WN, int WK, int STAGES>
+struct TileOf {
+  using Tile = RowsTile<GROUPS, NT, WN, WK, STAGES>;
+  static constexpr auto kernel = rows_product<GROUPS, NT, WN, WK, STAGES>;
+};
+
+// Calls run(TileOf<...>) for the tile of so many columns, if there is one.
 template <typename Run>
-void with_rows_tile(uint32_t columns, Run&& run) {
+void with_rows_tile(bool groups, uint32_t columns, Run&& run) {
+  if (groups) {
+    switch (columns) {
+      case 144: return run(TileOf<true, 9, 2, 1, 7>{});
+      case 128: return run(TileOf<true, 8, 2, 1, 9>{});
+      case 112: return run(TileOf<true, 7, 2, 1, 9>{});
+      case 72: return run(TileOf<true, 9, 1, 2, 3>{});
+      case 64: return run(TileOf<true, 4, 2, 1, 9>{});
+      case 32: return run(TileOf<true, 4, 1, 2, 4>{});
+      default: return;
+    }
+  }
   switch (columns) {
-    case 144: return run(Constant<9>{}, Constant<2>{}, Constant<2>{}, Constant<3>{});
-    case 128: return run(Constant<8>{}, Constant<2>{}, Constant<2>{}, Constant<3>{});
-    case 112: return run(Constant<7>{}, Constant<2>{}, Constant<2>{}, Constant<4>{});
-    case 72: return run(Constant<9>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
-    case 64: return run(Constant<8>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
-    case 32: return run(Constant<4>{}, Constant<1>{}, Constant<4>{}, Constant<2>{});
+    case 144: return run(TileOf<false, 9, 2, 2, 3>{});
+    case 128: return run(TileOf<false, 8, 2, 2, 3>{});
+    case 112: return run(TileOf<false, 7, 2, 2, 4>{});
+    case 72: return run(TileOf<false, 9, 1, 4, 2>{});
+    case 64: return run(TileOf<false, 8, 1, 4, 2>{});
+    case 32: return run(TileOf<false, 4, 1, 4, 2>{});
     default: return;
   }
 }
@@ -497,11 +555,9 @@ constexpr uint32_t kRowsColumns[] = {144, 128, 112, 72, 64, 32};
 inline uint32_t most_slices(uint32_t inputs, uint32_t shares) { return (inputs / kSlice + shares - 1) / shares; }
 
 // 0 where there is no such tile.
-inline uint32_t rows_product_bytes(uint32_t columns, uint32_t slices) {
+inline uint32_t rows_product_bytes(bool groups, uint32_t columns, uint32_t slices) {
   uint32_t bytes = 0;
-  with_rows_tile(columns, [&](auto nt, auto wn, auto wk, auto stages) {
-    bytes = RowsTile<decltype(nt)::value, decltype(wn)::value, decltype(wk)::value, decltype(stages)::value>::bytes(slices);
-  });
+  with_rows_tile(groups, columns, [&](auto tile) { bytes = decltype(tile)::Tile::bytes(slices); });
   return bytes;
 }
 
@@ -509,7 +565,7 @@ inline uint32_t rows_product_bytes(uint32_t columns, uint32_t slices) {
 // sums only, are one or two.
 inline RowsPlan plan_rows_product(
     uint32_t rows, uint32_t inputs, uint32_t outputs, bool partial, uint32_t processors, const RowsPlan& given) {
-  RowsPlan best{};
+  RowsPlan best{0, 0, 0, given.groups};
   uint64_t least = ~uint64_t{0};
   for (const uint32_t columns : kRowsColumns) {
     if (given.columns != 0 && columns != given.columns) continue;
@@ -518,14 +574,14 @@ inline RowsPlan plan_rows_product(
       for (uint32_t splits = 1; splits <= (partial ? 2u : 1u); ++splits) {
         if (given.splits != 0 && splits != given.splits) continue;
         const uint32_t slices = most_slices(inputs, cluster * splits);
-        if (rows_product_bytes(columns, slices) > kMostShared) continue;
+        if (rows_product_bytes(given.groups, columns, slices) > kMostShared) continue;
         const uint64_t blocks = static_cast<uint64_t>((rows + kTileRows - 1) / kTileRows) *
                                 ((outputs + columns - 1) / columns) * cluster * splits;
         const uint64_t each = slices * kSliceBytes * (columns + kTileRows) + kTileRows * columns * 4;
         const uint64_t cost = (blocks + processors - 1) / processors * each;
         if (cost < least) {
           least = cost;
-          best = {columns, cluster, splits};
+          best = {columns, cluster, splits, given.groups};
         }
       }
     }
@@ -540,15 +596,15 @@ struct Grid {
 
 // launch(kernel, grid, threads, bytes of dynamic shared memory, arguments)
 template <typename Launch>
-void launch_rows_product(RowsProduct p, uint32_t columns, Launch&& launch) {
+void launch_rows_product(RowsProduct p, const RowsPlan& plan, Launch&& launch) {
   if (p.rows == 0) return;
+  p.cluster = plan.cluster;
+  p.splits = plan.splits;
   p.slices = most_slices(p.inputs, p.cluster * p.splits);
-  with_rows_tile(columns, [&](auto nt, auto wn, auto wk, auto stages) {
-    constexpr int NT = decltype(nt)::value, WN = decltype(wn)::value, WK = decltype(wk)::value;
-    constexpr int STAGES = decltype(stages)::value;
-    const Grid grid{
-        p.cluster * p.splits, (p.outputs + columns - 1) / columns, (p.rows + kTileRows - 1) / kTileRows, p.cluster};
-    launch(rows_product<NT, WN, WK, STAGES>, grid, kRowsThreads, RowsTile<NT, WN, WK, STAGES>::bytes(p.slices), p);
+  const Grid grid{
+      p.cluster * p.splits, (p.outputs + plan.columns - 1) / plan.columns, (p.rows + kTileRows - 1) / kTileRows, p.cluster};
+  with_rows_tile(plan.groups, plan.columns, [&](auto tile) {
+    launch(decltype(tile)::kernel, grid, kRowsThreads, decltype(tile)::Tile::bytes(p.slices), p);
   });
 }
 

@@ -57,7 +57,7 @@ void run_norm_backward(const NormBackward<T>& arguments, Stream& stream);
 template <typename TO, typename TX>
 void run_guided_step(const GuidedStep<TO, TX>& arguments, Stream& stream);
 
-void run_rows_product(const RowsProduct& arguments, uint32_t columns, Stream& stream);
+void run_rows_product(const RowsProduct& arguments, const RowsPlan& plan, Stream& stream);
 void run_rows_attention(const RowsAttention& arguments, Stream& stream);
 
 // Defined for float and __nv_bfloat16.

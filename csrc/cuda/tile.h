@@ -66,6 +66,118 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
 #endif
 }
 
+// -- warpgroups --------------------------------------------------------------------------------------------------------------
+
+// Products by four warps at once, of factors that lie in shared memory: Hopper only, and only in code for sm_90a.
+
+// A factor of rows of 64 bytes, of which 8 are 512 bytes and aligned so, in the order of a 64-byte swizzle: chunk i of 16 bytes of
+// row r lies where chunk i ^ (r / 2 % 4) would. PTX ISA, "Matrix Descriptor Format": address, stride from 8 rows to the next,
+// layout. The 16 numbers further on in the same rows are 32 bytes further.
+__device__ inline uint64_t describe_factor(const char* rows) {
+#if defined(__CUDACC__)
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
+#else
+  return reinterpret_cast<uint64_t>(rows);
+#endif
+}
+
+// What was copied to shared memory by this thread is there for the products of any warpgroup, after a barrier.
+__device__ inline void show_copies_to_warpgroups() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Before products whose sums a thread has written.
+__device__ inline void begin_group_products() {
+#if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void commit_group_products() {
+#if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Until all that are committed but the last N groups have read their factors and, with N = 0, the sums may be read.
+template <int N, int NT>
+__device__ inline void wait_for_group_products(float (&c)[NT][4]) {
+#if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#pragma unroll
+  for (int n = 0; N == 0 && n < NT; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(c[n][j])::"memory");  // not read any earlier
+  }
+#endif
+}
+
+// c (64, 8 NT) += a (64, 16) b (8 NT, 16)^T; warp i of the four has rows 16 i and on, as multiply() has them.
+template <int NT>
+__device__ inline void multiply_by_group(float (&c)[NT][4], uint64_t a, uint64_t b) {
+#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (NT == 4) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+        : "l"(a), "l"(b));
+  } else if constexpr (NT == 7) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n56k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27"
+        "}, %28, %29, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+          "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3])
+        : "l"(a), "l"(b));
+  } else if constexpr (NT == 8) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+          "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+          "+f"(c[7][2]), "+f"(c[7][3])
+        : "l"(a), "l"(b));
+  } else if constexpr (NT == 9) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "
+        "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35"
+        "}, %36, %37, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+          "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+          "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3])
+        : "l"(a), "l"(b));
+  } else {
+    static_assert(NT == 4, "a warpgroup's products are written out for 32, 56, 64 and 72 columns");
+  }
+#else
+  __trap();  // the host launches no such kernel there
+#endif
+#else
+  emulation::multiply_by_group(c, a, b);
+#endif
+}
+
 // Two numbers as a word, the first in its lower half.
 __device__ inline uint32_t pack_bf16(float first, float second) {
   const Pack<__nv_bfloat16, 2> pair{{from_float<__nv_bfloat16>(first), from_float<__nv_bfloat16>(second)}};

@@ -106,7 +106,12 @@ void touch(const void* address, size_t bytes) {
   if (!std::any_of(regions.begin(), regions.end(), inside)) failure = "an access outside of the tensors";
 }
 
-float* own_shared() { return shared[current / blockDim.x].data(); }
+// Aligned as on a GPU.
+float* aligned(std::vector<float>& memory) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
+}
+
+float* own_shared() { return aligned(shared[current / blockDim.x]); }
 
 void yield() { swapcontext(&threads[current].context, &scheduler); }
 
@@ -204,9 +209,8 @@ struct Launch {
     cluster_blocks = cluster;
     shared.resize(cluster);
     for (auto& each : shared) {
-      each.assign((bytes + 3) / 4 + 4, NAN);
-      // Vectors in it are 16 bytes; std::vector aligns at least so.
-      regions.push_back({reinterpret_cast<const char*>(each.data()), reinterpret_cast<const char*>(each.data()) + bytes});
+      each.assign((bytes + 3) / 4 + 256, NAN);
+      regions.push_back({reinterpret_cast<const char*>(aligned(each)), reinterpret_cast<const char*>(aligned(each)) + bytes});
     }
     blockDim.x = count;
     if (grid.x % cluster != 0) failure = "clusters that are not whole";
@@ -277,6 +281,23 @@ void load_matrices(uint32_t (&words)[4], const void* row) {
   wait(warp, 32);
 }
 
+template <int NT>
+void multiply_by_group(float (&c)[NT][4], uint64_t a, uint64_t b) {
+  const auto number = [](uint64_t rows, unsigned row, unsigned k) {
+    // bits 4 and 5 of the address are flipped by bits 7 and 8, where a multiple of 512 is counted from
+    const uint64_t place = rows + row * 64 + k * 2, address = place ^ (place >> 7 & 3) << 4;
+    touch(reinterpret_cast<const void*>(address), 2);
+    return failure == nullptr ? __bfloat162float({*reinterpret_cast<const uint16_t*>(address)}) : 0.0f;
+  };
+  if ((a & 511) > 63 || (b & 511) > 63) failure = "a factor that is not aligned";
+  const unsigned lane = current % 32, first = current / 32 % 4 * 16 + lane / 4, t = lane % 4;
+  for (unsigned n = 0; n < NT; ++n) {
+    for (unsigned i = 0; i < 4; ++i) {
+      for (unsigned k = 0; k < 16; ++k) c[n][i] += number(a, first + i / 2 * 8, k) * number(b, n * 8 + 2 * t + i % 2, k);
+    }
+  }
+}
+
 // The halves of the barrier: what each thread has arrived at.
 unsigned arrived_at[kMostThreads];
 
@@ -304,7 +325,7 @@ Four load_from_rank(const Four* address, unsigned rank) {
     if (threads[rank * blockDim.x + thread].finished) failure = "shared memory of a block that has ended";
   }
   const Four* const there =
-      reinterpret_cast<const Four*>(shared[rank].data() + (reinterpret_cast<const float*>(address) - own_shared()));
+      reinterpret_cast<const Four*>(aligned(shared[rank]) + (reinterpret_cast<const float*>(address) - own_shared()));
   touch(there, sizeof(Four));
   return *there;
 }
@@ -510,7 +531,7 @@ int emulate_slots() {
   return layout(Constant<8>{}, Constant<5>{}) && layout(Constant<4>{}, Constant<10>{}) && layout(Constant<1>{}, Constant<8>{});
 }
 
-// views: x, weight, bias, out, partial; sizes: M, K, N, columns, cluster, splits, activation
+// views: x, weight, bias, out, partial; sizes: M, K, N, columns, cluster, splits, activation, warpgroups
 const char* emulate_rows_product(int order, const View* v, const int64_t* s) {
   begin(order);
   RowsProduct p{};
@@ -522,10 +543,9 @@ const char* emulate_rows_product(int order, const View* v, const int64_t* s) {
   p.rows = static_cast<uint32_t>(s[0]);
   p.inputs = static_cast<uint32_t>(s[1]);
   p.outputs = static_cast<uint32_t>(s[2]);
-  p.cluster = static_cast<uint32_t>(s[4]);
-  p.splits = static_cast<uint32_t>(s[5]);
   p.activation = static_cast<Activation>(s[6]);
-  launch_rows_product(p, static_cast<uint32_t>(s[3]), emulation::Launch{});
+  const RowsPlan plan{static_cast<uint32_t>(s[3]), static_cast<uint32_t>(s[4]), static_cast<uint32_t>(s[5]), s[7] != 0};
+  launch_rows_product(p, plan, emulation::Launch{});
   return emulation::failure;
 }
 
@@ -552,9 +572,9 @@ const char* emulate_rows_norm(int type, int order, const View* views, const int6
 }
 
 // Into result: columns, cluster and splits; given what the caller wants of them, or 0.
-void plan_rows(int64_t rows, int64_t inputs, int64_t outputs, int partial, int processors, int64_t* result) {
+void plan_rows(int64_t rows, int64_t inputs, int64_t outputs, int partial, int groups, int processors, int64_t* result) {
   const RowsPlan given{
-      static_cast<uint32_t>(result[0]), static_cast<uint32_t>(result[1]), static_cast<uint32_t>(result[2])};
+      static_cast<uint32_t>(result[0]), static_cast<uint32_t>(result[1]), static_cast<uint32_t>(result[2]), groups != 0};
   const RowsPlan plan = plan_rows_product(
       static_cast<uint32_t>(rows), static_cast<uint32_t>(inputs), static_cast<uint32_t>(outputs), partial != 0,
       static_cast<uint32_t>(processors), given);

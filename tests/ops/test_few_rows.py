@@ -57,11 +57,19 @@ class Emulator:
         failure = function(*first, views, numbers, *map(ctypes.c_float, eps))
         assert failure is None, failure.decode()
 
-    def plan(self, rows: int, inputs: int, outputs: int, partial: bool, given: tuple[int, int, int] = (0, 0, 0)) -> list[int]:
+    def plan(
+        self,
+        rows: int,
+        inputs: int,
+        outputs: int,
+        partial: bool,
+        groups: bool = False,
+        given: tuple[int, int, int] = (0, 0, 0),
+    ) -> list[int]:
         """Columns, cluster and splits, for the 132 processors of an H100 or H200."""
         result = (ctypes.c_int64 * 3)(*given)
         sizes = [ctypes.c_int64(size) for size in (rows, inputs, outputs)]
-        self.library.plan_rows(*sizes, int(partial), 132, result)
+        self.library.plan_rows(*sizes, int(partial), int(groups), 132, result)
         return list(result)
 
 
@@ -114,16 +122,17 @@ PRODUCTS = [
 ]
 
 
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize(("rows", "inputs", "outputs", "columns", "cluster", "splits"), PRODUCTS)
 def test_emulated_product(
-    emulator: Emulator, rows: int, inputs: int, outputs: int, columns: int, cluster: int, splits: int, order: int
+    emulator: Emulator, rows: int, inputs: int, outputs: int, columns: int, cluster: int, splits: int, order: int, groups: bool
 ) -> None:
     x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs, scale=inputs**-0.5), bf16(outputs)
     product = x.double() @ weight.double().T  # (M, N)
     activation = (columns // 8 + order) % 3
     partial = torch.full((splits, rows, outputs), torch.nan)
-    sizes = (rows, inputs, outputs, columns, cluster, splits, activation)
+    sizes = (rows, inputs, outputs, columns, cluster, splits, activation, int(groups))
     emulator("emulate_rows_product", (order,), [x, weight, None, None, partial], sizes)
     torch.testing.assert_close(partial.double().sum(0), product, rtol=1e-5, atol=1e-5)
     if splits > 1:
@@ -136,7 +145,7 @@ def test_emulated_product(
 def test_emulator_notices_a_short_weight(emulator: Emulator) -> None:
     x, weight, out = bf16(64, 64), bf16(31, 64), torch.empty(64, 32, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="outside of the tensors"):
-        emulator("emulate_rows_product", (0,), [x, weight, None, out, None], (64, 64, 32, 32, 1, 1, 0))
+        emulator("emulate_rows_product", (0,), [x, weight, None, out, None], (64, 64, 32, 32, 1, 1, 0, 0))
 
 
 # (D, hidden) of the sizes S, B, L, XL
@@ -147,32 +156,37 @@ def products(width: int, hidden: int) -> list[tuple[int, int, bool]]:
     return [(width, 3 * width, False), (width, width, True), (width, hidden, False), (hidden, width, True)]
 
 
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("rows", [32, 64, 128, 256])
 @pytest.mark.parametrize(("width", "hidden"), WIDTHS)
-def test_there_is_a_plan_for_every_size(emulator: Emulator, width: int, hidden: int, rows: int) -> None:
+def test_there_is_a_plan_for_every_size(emulator: Emulator, width: int, hidden: int, rows: int, groups: bool) -> None:
     for inputs, outputs, partial in products(width, hidden):
-        columns, cluster, splits = emulator.plan(rows, inputs, outputs, partial)
+        columns, cluster, splits = emulator.plan(rows, inputs, outputs, partial, groups)
         assert columns and cluster in (1, 2, 4, 8) and splits in (1, 2)
         assert partial or splits == 1
 
 
 def test_the_plan_for_dit_xl(emulator: Emulator) -> None:
     """One block on nearly every multiprocessor; what is given stays."""
-    found = [emulator.plan(64, *sizes) for sizes in products(1152, 4608)]
-    assert found == [[112, 4, 1], [72, 4, 2], [144, 4, 1], [144, 8, 2]]
-    assert emulator.plan(64, 1152, 4608, False, (128, 2, 0)) == [0, 0, 0]  # 18 slices of 128 columns are more than fits
-    assert emulator.plan(64, 1152, 4608, False, (64, 4, 0)) == [64, 4, 1]
+    for groups in (False, True):
+        found = [emulator.plan(64, *sizes, groups) for sizes in products(1152, 4608)]
+        assert found == [[112, 4, 1], [72, 4, 2], [144, 4, 1], [144, 8, 2]]
+        # 18 slices of 128 columns are more than fits
+        assert emulator.plan(64, 1152, 4608, False, groups, (128, 2, 0)) == [0, 0, 0]
+        assert emulator.plan(64, 1152, 4608, False, groups, (64, 4, 0)) == [64, 4, 1]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("index", range(4))
-def test_emulated_products_of_dit_xl(emulator: Emulator, index: int) -> None:
+def test_emulated_products_of_dit_xl(emulator: Emulator, index: int, groups: bool) -> None:
     inputs, outputs, is_partial = products(1152, 4608)[index]
-    columns, cluster, splits = emulator.plan(64, inputs, outputs, is_partial)
+    columns, cluster, splits = emulator.plan(64, inputs, outputs, is_partial, groups)
     outputs = columns + 8  # two tiles show all there is
     x, weight = bf16(64, inputs), bf16(outputs, inputs, scale=inputs**-0.5)
     partial = torch.full((splits, 64, outputs), torch.nan)
-    emulator("emulate_rows_product", (0,), [x, weight, None, None, partial], (64, inputs, outputs, columns, cluster, splits, 0))
+    sizes = (64, inputs, outputs, columns, cluster, splits, 0, int(groups))
+    emulator("emulate_rows_product", (int(groups),), [x, weight, None, None, partial], sizes)
     torch.testing.assert_close(partial.double().sum(0), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
@@ -280,6 +294,15 @@ def test_elsewhere_a_block_stays_what_it_is() -> None:
 # -- a GPU ---------------------------------------------------------------------------------------------------------------------
 
 
+# By warpgroups too where there are some: the same kernels with other products inside of them.
+WARPGROUPS = [False, True]
+
+
+def skip_unless_hopper(groups: bool) -> None:
+    if groups and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only GPUs of compute capability 9.0 multiply by warpgroups")
+
+
 def _has_clusters() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
@@ -316,28 +339,33 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("groups", WARPGROUPS)
 @pytest.mark.parametrize("rows", [16, 64, 130])
 @pytest.mark.parametrize("size", SIZES)
-def test_products_on_gpu(size: str, rows: int) -> None:
+def test_products_on_gpu(size: str, rows: int, groups: bool) -> None:
+    skip_unless_hopper(groups)
     width, _ = SIZES[size]
     linear = torch.ops.textok_fast.few_rows_linear
     for inputs, outputs, _ in products(width, 4 * width):
-        x, weight, bias = (
-            tensor.cuda() for tensor in (bf16(rows, inputs), bf16(outputs, inputs, scale=inputs**-0.5), bf16(outputs))
-        )
+        x, weight, bias = bf16(rows, inputs).cuda(), bf16(outputs, inputs, scale=inputs**-0.5).cuda(), bf16(outputs).cuda()
         wanted = x.double() @ weight.double().T
         for overlap in (False, True):
             poison(rows, outputs)
-            close(linear(x, weight, bias, "gelu_tanh", False, 0, 0, 0, overlap), activated(wanted + bias.double(), "gelu_tanh"))
+            close(
+                linear(x, weight, bias, "gelu_tanh", False, 0, 0, 0, groups, overlap),
+                activated(wanted + bias.double(), "gelu_tanh"),
+            )
             poison(2, rows, outputs, dtype=torch.float32)
-            found = linear(x, weight, None, "none", True, 0, 0, 0, overlap)
+            found = linear(x, weight, None, "none", True, 0, 0, 0, groups, overlap)
             torch.testing.assert_close(found.double().sum(0), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("groups", WARPGROUPS)
 @pytest.mark.parametrize("columns", [144, 128, 112, 72, 64, 32])
-def test_every_tile_on_gpu(columns: int) -> None:
+def test_every_tile_on_gpu(columns: int, groups: bool) -> None:
+    skip_unless_hopper(groups)
     x, weight = bf16(64, 1152).cuda(), bf16(296, 1152, scale=0.03).cuda()
     wanted = x.double() @ weight.double().T
     ran = 0
@@ -345,7 +373,7 @@ def test_every_tile_on_gpu(columns: int) -> None:
         for splits in (1, 2):
             if columns * 64 * 36 // (cluster * splits) > 70_000:  # the weights of a block, beside which x must fit
                 continue
-            found = torch.ops.textok_fast.few_rows_linear(x, weight, None, "none", True, columns, cluster, splits, True)
+            found = torch.ops.textok_fast.few_rows_linear(x, weight, None, "none", True, columns, cluster, splits, groups, True)
             assert found.shape == (splits, 64, 296)
             torch.testing.assert_close(found.double().sum(0), wanted, rtol=1e-4, atol=1e-4)
             ran += 1
@@ -369,7 +397,12 @@ def test_attention_on_gpu(width: int, tokens: int) -> None:
 @pytest.mark.parametrize("batch", [2, 4])
 @pytest.mark.parametrize("tokens", [16, 32, 50, 64])
 @pytest.mark.parametrize("size", SIZES)
-def test_block_on_gpu(size: str, tokens: int, batch: int, stream: torch.dtype) -> None:
+@pytest.mark.parametrize("groups", WARPGROUPS)
+def test_block_on_gpu(
+    monkeypatch: pytest.MonkeyPatch, size: str, tokens: int, batch: int, stream: torch.dtype, groups: bool
+) -> None:
+    skip_unless_hopper(groups)
+    monkeypatch.setenv("TEXTOK_WARPGROUPS", str(int(groups)))
     width, heads = SIZES[size]
     block = pack(make_block(width, heads, "cuda"))
     inputs = make_inputs(batch, tokens, width, stream, "cuda")
@@ -383,9 +416,12 @@ def test_block_on_gpu(size: str, tokens: int, batch: int, stream: torch.dtype) -
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.parametrize("groups", WARPGROUPS)
 @pytest.mark.parametrize(("size", "batch", "tokens"), [("XL", 2, 32), ("XL", 4, 64), ("S", 2, 16), ("L", 2, 50)])
-def test_blocks_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch, size: str, batch: int, tokens: int) -> None:
+def test_blocks_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch, size: str, batch: int, tokens: int, groups: bool) -> None:
     """Overlapping launches change no bit, in a hundred replays over poisoned results: no kernel runs ahead of its inputs."""
+    skip_unless_hopper(groups)
+    monkeypatch.setenv("TEXTOK_WARPGROUPS", str(int(groups)))
     width, heads = SIZES[size]
     blocks = [pack(make_block(width, heads, "cuda", seed)) for seed in range(6)]
     x, hidden, modulation, shift, scale = make_inputs(batch, tokens, width, torch.float32, "cuda")

@@ -3,7 +3,7 @@
 Backends: ``native`` (csrc), ``reference`` (the operations that it is made of, one after the other). On a CPU, calling these
 from Python one by one is a noticeable part of a step with few tokens. On a GPU of compute capability 9.0 or later they are
 kernels of their own (csrc/cuda/few_rows.h) whose launches overlap: each reads its weights while the one before computes.
-``TEXTOK_OVERLAP=0`` launches them one after the other.
+``TEXTOK_OVERLAP=0`` launches them one after the other, ``TEXTOK_WARPGROUPS=1`` multiplies with Hopper's own instructions.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ define(
 
 # What the block is made of on a GPU, one by one, to be measured and tested: benchmarks/few_rows.py, tests/ops/test_few_rows.py.
 # ``overlap``: the kernel may start before the one ahead has ended. ``columns`` of a tile, blocks of a ``cluster``, ``splits``
-# of the sum: 0 for what the kernel's plan says. ``partial``: the sum's parts, without a bias.
+# of the sum: 0 for what the kernel's plan says. ``warpgroups``: four warps multiply together, on Hopper. ``partial``: the sum's
+# parts, without a bias.
 
 
 def _fake_linear(
@@ -190,6 +191,7 @@ def _fake_linear(
     columns: int,
     cluster: int,
     splits: int,
+    warpgroups: bool,
     overlap: bool,
 ) -> Tensor:
     if partial and not splits:
@@ -211,7 +213,7 @@ def _fake_norm(
 define(
     "few_rows_linear",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, bool partial, int columns, int cluster, int splits, "
-    "bool overlap) -> Tensor",
+    "bool warpgroups, bool overlap) -> Tensor",
     _fake_linear,
 )
 define("few_rows_attention", "(Tensor qkv, int heads, bool overlap) -> Tensor", _fake_attention)
