@@ -66,7 +66,7 @@ def microseconds(run: Callable[[], Any], count: int, replays: int = 20) -> float
         torch.cuda.synchronize()
     except RuntimeError as problem:  # of a capture, say: the rest is still worth knowing
         torch.cuda.synchronize()
-        return str(problem).splitlines()[0]
+        return str(problem).splitlines()[0][:100]
     times = sorted(first.elapsed_time(last) for first, last in events)
     return round(1000 * times[len(times) // 2] / count, 3)
 

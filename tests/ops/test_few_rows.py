@@ -377,7 +377,7 @@ def test_every_tile_on_gpu(columns: int, groups: bool) -> None:
             assert found.shape == (splits, 64, 296)
             torch.testing.assert_close(found.double().sum(0), wanted, rtol=1e-4, atol=1e-4)
             ran += 1
-    assert ran >= 4
+    assert ran >= 3
 
 
 @pytest.mark.gpu
