@@ -1,9 +1,10 @@
 """A DiT block over few rows on a GPU: the present path, the kernels of csrc/cuda/few_rows.h, and each kernel by itself.
 
 Everything runs as a CUDA graph of as many blocks as the model has, each with weights of its own, which come from memory. Prints
-JSON: "correct" (errors of a block against float64, both paths), "block_us" (a block: the present path, the new one with
-and without overlapping launches, and the new one with single parts of the present path), "kernel_us" (each kernel, and what it
-replaces, alone), "tiles_us" (each product in every tile that fits). Needs compute capability 9.0 and the native library.
+JSON: "correct" (errors of a block against float64, both paths), "block_us" (a block: the present path, the new one with and
+without overlapping launches, and the new one with single parts of the present path), "kernel_us" (each kernel, and what it
+replaces, alone), "engine_ms" (a step of whole pictures), "tiles_us" (each product in every tile that fits). Needs compute
+capability 9.0 and the native library with its CUDA part.
 
     python benchmarks/few_rows.py [--size XL] [--batch 2] [--tokens 32] [--out FILE]
 """
@@ -25,6 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from textok_fast import ops
+from textok_fast.diffusion import build_process
+from textok_fast.evaluation.step_times import StepTimesConfig, build_networks
+from textok_fast.inference import Engine, Plan
 from textok_fast.inference.precision import FewRowsDiTBlock
 from textok_fast.modeling.dit import DiTBlock
 from textok_fast.ops.dispatch import use_backend
@@ -297,6 +301,34 @@ def tile_times(case: Case, deadline: float) -> dict[str, dict[str, Any]]:
     return times
 
 
+def engine_times(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one of the 250 guided steps of a picture, and how far it is from the present one."""
+    networks = StepTimesConfig(size=options.size, tokens=(options.tokens,))
+    model: Any = build_networks(networks, torch.device("cuda"), torch.float32)[options.tokens].model
+    process = build_process("gaussian", model.config.learn_sigma, "epsilon")
+    found: dict[str, Any] = {}
+    wanted: Tensor | None = None
+    for name, groups in [("present", 0), *((f"new, warpgroups {groups}", groups) for groups in GROUPS)]:
+        switch(groups, 1)
+        chosen = {} if name == "present" else {"packed_block": "native"}
+        try:
+            engine = Engine(model, Plan.automatic("cuda", precision="bf16", batch=1, ops=chosen))
+            times = []
+            for _ in range(4):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                label = torch.tensor([1], device="cuda")
+                sample = engine.sample(process, labels=label, seeds=[0], sampler="ddpm", steps=250, guidance_scale=4.0)
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - began) / 250 * 1000)
+        except RuntimeError as problem:
+            found[name] = str(problem).splitlines()[0][:100]
+            continue
+        wanted = sample.double() if wanted is None else wanted
+        found[name] = {"ms": round(min(times[1:]), 4), "from the present": relative(sample, wanted)}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="XL")
@@ -323,6 +355,7 @@ def main() -> int:
         say(gpu=result["gpu"], correct=correctness(case))
         say(block_us=block_times(case))
         say(kernel_us=kernel_times(case))
+        say(engine_ms=engine_times(options))
         say(tiles_us=tile_times(case, deadline))
     return 0
 

@@ -99,6 +99,8 @@ __device__ inline void begin_group_products() {
 __device__ inline void commit_group_products() {
 #if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::commit_group_products();
 #endif
 }
 
@@ -112,6 +114,8 @@ __device__ inline void wait_for_group_products(float (&c)[NT][4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(c[n][j])::"memory");  // not read any earlier
   }
+#elif !defined(__CUDACC__)
+  emulation::wait_for_group_products(N);
 #endif
 }
 

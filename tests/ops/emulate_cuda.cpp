@@ -3,7 +3,7 @@
 //
 // A thread of a cluster is a coroutine that gives way at shuffles, products and barriers only. A warp runs as far as it can before
 // the next one does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier shows.
-// Asynchronous copies arrive as late as they may, or in the other order of threads at once.
+// Asynchronous copies arrive, and warpgroups' products are computed, as late as they may, or in the other order of threads at once.
 
 #include <ucontext.h>
 
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #define __device__
@@ -74,6 +75,8 @@ struct Thread {
   std::vector<char> stack;
   std::vector<Copy> copies;  // that have not arrived
   unsigned group = 0;
+  std::vector<std::pair<unsigned, std::function<void()>>> products;  // of warpgroups, by group
+  unsigned product_group = 0;
   bool finished = false;
 };
 
@@ -136,7 +139,7 @@ void (*body)();
 
 void enter() {
   body();
-  if (!threads[current].copies.empty()) failure = "a thread ends before its copies";
+  if (!threads[current].copies.empty() || !threads[current].products.empty()) failure = "a thread ends before its copies";
   threads[current].finished = true;
   ++progress;
   yield();
@@ -163,6 +166,8 @@ void run_cluster(unsigned count) {
     thread.stack.resize(kStack);
     thread.copies.clear();
     thread.group = 0;
+    thread.products.clear();
+    thread.product_group = 0;
     thread.finished = false;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -282,7 +287,7 @@ void load_matrices(uint32_t (&words)[4], const void* row) {
 }
 
 template <int NT>
-void multiply_by_group(float (&c)[NT][4], uint64_t a, uint64_t b) {
+void multiply_now(float (&c)[NT][4], uint64_t a, uint64_t b) {
   const auto number = [](uint64_t rows, unsigned row, unsigned k) {
     // bits 4 and 5 of the address are flipped by bits 7 and 8, where a multiple of 512 is counted from
     const uint64_t place = rows + row * 64 + k * 2, address = place ^ (place >> 7 & 3) << 4;
@@ -295,6 +300,23 @@ void multiply_by_group(float (&c)[NT][4], uint64_t a, uint64_t b) {
     for (unsigned i = 0; i < 4; ++i) {
       for (unsigned k = 0; k < 16; ++k) c[n][i] += number(a, first + i / 2 * 8, k) * number(b, n * 8 + 2 * t + i % 2, k);
     }
+  }
+}
+
+template <int NT>
+void multiply_by_group(float (&c)[NT][4], uint64_t a, uint64_t b) {
+  if (reversed) return multiply_now(c, a, b);
+  Thread& thread = threads[current];
+  thread.products.emplace_back(thread.product_group, [&c, a, b] { multiply_now(c, a, b); });
+}
+
+void commit_group_products() { ++threads[current].product_group; }
+
+void wait_for_group_products(unsigned but) {
+  Thread& thread = threads[current];
+  while (!thread.products.empty() && thread.products.front().first + but < thread.product_group) {
+    thread.products.front().second();
+    thread.products.erase(thread.products.begin());
   }
 }
 
