@@ -81,11 +81,14 @@ struct RowsTile {
   // Of this, a multiple of WK for GROUPS, whose warps all have as many.
   __host__ __device__ static constexpr uint32_t whole(uint32_t slices) { return GROUPS ? (slices + WK - 1) / WK * WK : slices; }
 
-  static constexpr uint32_t bytes(uint32_t slices) {
+  // Up to the biases.
+  __host__ __device__ static constexpr uint32_t body(uint32_t slices) {
     const uint32_t tiles = whole(slices) * weight_pitch + STAGES * WK * x_pitch;
     const uint32_t staging = (WK > 2 ? WK / 2 : 1) * sums * 16;
     return tiles > staging ? tiles : staging;
   }
+
+  static constexpr uint32_t bytes(uint32_t slices) { return body(slices) + columns * sizeof(__nv_bfloat16); }
 };
 
 // Columns `first` and on of the `slices` slices from `begin` on; columns after the last one, and slices up to `whole`, as zeros.
@@ -131,6 +134,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
   TEXTOK_DYNAMIC_SHARED(shared);
   char* const weights = reinterpret_cast<char*>(shared);
   char* const stages = weights + Tile::whole(p.slices) * Tile::weight_pitch;
+  __nv_bfloat16* const biases = reinterpret_cast<__nv_bfloat16*>(weights + Tile::body(p.slices));
 
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t wm = warp % WM, wn = warp / WM % WN, wk = warp / (WM * WN);
@@ -141,6 +145,10 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
 
   allow_next_kernel();
   copy_weights<Tile::columns>(weights, p, column, begin, slices, Tile::whole(slices));
+  if (p.bias != nullptr && threadIdx.x < Tile::columns / 8) {
+    const bool valid = column + threadIdx.x * 8 < p.outputs;
+    copy_async(biases + threadIdx.x * 8, valid ? p.bias + column + threadIdx.x * 8 : p.bias, valid);
+  }
   commit_copies();
   await_previous_kernel();
 
@@ -233,6 +241,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
   }
 
   // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the cluster's.
+  wait_for_copies<0>();  // of a block without a slice
   __syncthreads();
   Pack<float, 4>* const staging = reinterpret_cast<Pack<float, 4>*>(weights);
   const uint32_t slot = (wm * WN + wn) * MT * NT * kWarp + lane;  // of this thread's first four sums
@@ -273,10 +282,10 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
       const uint32_t to = column + (of % WN * NT + n) * 8 + i % 4 * 2;
       const uint32_t from = row + (of / WN * MT + m) * 16 + i % kWarp / 4;
       if (to >= p.outputs) continue;
-      float biases[2] = {};
+      float bias[2] = {};
       if (p.bias != nullptr) {
-        const Pack<__nv_bfloat16, 2> pair = load_input<2>(p.bias + to);
-        for (int j = 0; j < 2; ++j) biases[j] = to_float(pair.v[j]);
+        const Pack<__nv_bfloat16, 2> pair = load<2>(biases + to - column);
+        for (int j = 0; j < 2; ++j) bias[j] = to_float(pair.v[j]);
       }
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
@@ -287,8 +296,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
           store<2>(p.partial + (static_cast<int64_t>(split) * p.rows + at) * p.outputs + to, {{first, second}});
         } else {
           const Pack<__nv_bfloat16, 2> pair{
-              {from_float<__nv_bfloat16>(activate(first + biases[0], p.activation)),
-               from_float<__nv_bfloat16>(activate(second + biases[1], p.activation))}};
+              {from_float<__nv_bfloat16>(activate(first + bias[0], p.activation)),
+               from_float<__nv_bfloat16>(activate(second + bias[1], p.activation))}};
           store<2>(p.out + static_cast<int64_t>(at) * p.outputs + to, pair);
         }
       }
@@ -438,7 +447,8 @@ __global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttenti
 
 // -- gated residual and LayerNorm --------------------------------------------------------------------------------------------
 
-// r = x + gate (the parts' sum + bias), out = LayerNorm(r) (1 + scale) + shift, of r as it is stored. A block has a row.
+// r = x + gate (the parts' sum + bias), out = LayerNorm(r) (1 + scale) + shift, of r as it is stored. A block has a row, a thread
+// four numbers of it.
 template <typename T>
 struct RowsNorm {
   const T* x;                                  // (M, D)
@@ -449,32 +459,38 @@ struct RowsNorm {
   T* residual;                                 // (M, D)
   __nv_bfloat16* out;                          // (M, D)
   uint32_t rows, tokens, width, splits;        // M, N = M / B, D: a multiple of 4, up to 2,048
-  float eps;
+  float eps, share;                            // 1 / D, set at the launch
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kRowsThreads) rows_norm(const RowsNorm<T> p) {
-  constexpr uint32_t kEach = kMaxNormWidth / 4 / kRowsThreads;
-  __shared__ float shared[kRowsThreads / kWarp];
-  const uint32_t sample = blockIdx.y;
-  const int64_t begin = (static_cast<int64_t>(sample) * p.tokens + blockIdx.x) * p.width;
+__global__ void __launch_bounds__(kMaxNormWidth / 4) rows_norm(const RowsNorm<T> p) {
+  __shared__ float shared[kMaxNormWidth / 4 / kWarp];
+  const uint32_t sample = blockIdx.y, column = threadIdx.x * 4;
+  const int64_t at = (static_cast<int64_t>(sample) * p.tokens + blockIdx.x) * p.width + column;
+  const __nv_bfloat16* const gates = p.gate + sample * p.gate_stride + column;
+  const __nv_bfloat16* const shifts = p.shift + sample * p.shift_stride + column;
+  const __nv_bfloat16* const scales = p.scale + sample * p.scale_stride + column;
+  const bool inside = column < p.width;
 
   allow_next_kernel();
+  Pack<__nv_bfloat16, 4> bias{}, shift{}, scale{};
+  if (inside) {
+    bias = load<4>(p.bias + column);
+    prefetch(gates);
+    prefetch(shifts);
+    prefetch(scales);
+  }
   await_previous_kernel();
-  float values[kEach][4] = {};
-  Pack<__nv_bfloat16, 4> shifts[kEach], scales[kEach];
-  float sum = 0.0f;
-#pragma unroll
-  for (uint32_t k = 0; k < kEach; ++k) {
-    const uint32_t column = (k * kRowsThreads + threadIdx.x) * 4;
-    if (column >= p.width) continue;
-    const Pack<T, 4> x = load<4>(p.x + begin + column);
-    const Pack<__nv_bfloat16, 4> gate = load<4>(p.gate + sample * p.gate_stride + column), bias = load<4>(p.bias + column);
-    shifts[k] = load<4>(p.shift + sample * p.shift_stride + column);
-    scales[k] = load<4>(p.scale + sample * p.scale_stride + column);
-    Pack<float, 4> branch = load<4>(p.partial + begin + column);
+  float values[4] = {}, sum = 0.0f;
+  if (inside) {
+    const Pack<T, 4> x = load<4>(p.x + at);
+    const Pack<__nv_bfloat16, 4> gate = load<4>(gates);
+    shift = load<4>(shifts);
+    scale = load<4>(scales);
+    Pack<float, 4> branch = load<4>(p.partial + at);
+#pragma unroll 1
     for (uint32_t split = 1; split < p.splits; ++split) {
-      const Pack<float, 4> more = load<4>(p.partial + split * static_cast<int64_t>(p.rows) * p.width + begin + column);
+      const Pack<float, 4> more = load<4>(p.partial + split * static_cast<int64_t>(p.rows) * p.width + at);
 #pragma unroll
       for (int j = 0; j < 4; ++j) branch.v[j] += more.v[j];
     }
@@ -482,34 +498,28 @@ __global__ void __launch_bounds__(kRowsThreads) rows_norm(const RowsNorm<T> p) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       residual.v[j] = from_float<T>(to_float(x.v[j]) + to_float(gate.v[j]) * (branch.v[j] + to_float(bias.v[j])));
-      values[k][j] = to_float(residual.v[j]);
-      sum += values[k][j];
+      values[j] = to_float(residual.v[j]);
+      sum += values[j];
     }
-    store<4>(p.residual + begin + column, residual);
+    store<4>(p.residual + at, residual);
   }
-  const float mean = block_sum(sum, shared) / static_cast<float>(p.width);
+  const float mean = block_sum(sum, shared) * p.share;
   float squares = 0.0f;
-#pragma unroll
-  for (uint32_t k = 0; k < kEach; ++k) {
-    if ((k * kRowsThreads + threadIdx.x) * 4 >= p.width) continue;
+  if (inside) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      values[k][j] -= mean;
-      squares += values[k][j] * values[k][j];
+      values[j] -= mean;
+      squares += values[j] * values[j];
     }
   }
-  const float rstd = rsqrtf(block_sum(squares, shared) / static_cast<float>(p.width) + p.eps);
+  const float rstd = rsqrtf(block_sum(squares, shared) * p.share + p.eps);
+  if (!inside) return;
+  Pack<__nv_bfloat16, 4> out;
 #pragma unroll
-  for (uint32_t k = 0; k < kEach; ++k) {
-    const uint32_t column = (k * kRowsThreads + threadIdx.x) * 4;
-    if (column >= p.width) continue;
-    Pack<__nv_bfloat16, 4> out;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      out.v[j] = from_float<__nv_bfloat16>(values[k][j] * rstd * (1.0f + to_float(scales[k].v[j])) + to_float(shifts[k].v[j]));
-    }
-    store<4>(p.out + begin + column, out);
+  for (int j = 0; j < 4; ++j) {
+    out.v[j] = from_float<__nv_bfloat16>(values[j] * rstd * (1.0f + to_float(scale.v[j])) + to_float(shift.v[j]));
   }
+  store<4>(p.out + at, out);
 }
 
 // -- which tile, and how many blocks -----------------------------------------------------------------------------------------
@@ -619,9 +629,10 @@ void launch_rows_attention(const RowsAttention& p, Launch&& launch) {
 }
 
 template <typename T, typename Launch>
-void launch_rows_norm(const RowsNorm<T>& p, Launch&& launch) {
+void launch_rows_norm(RowsNorm<T> p, Launch&& launch) {
   if (p.rows == 0) return;
-  launch(rows_norm<T>, Grid{p.tokens, p.rows / p.tokens, 1, 1}, kRowsThreads, 0, p);
+  p.share = 1.0f / static_cast<float>(p.width);
+  launch(rows_norm<T>, Grid{p.tokens, p.rows / p.tokens, 1, 1}, (p.width / 4 + kWarp - 1) / kWarp * kWarp, 0, p);
 }
 
 }  // namespace textok_fast::cuda

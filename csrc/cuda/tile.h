@@ -19,6 +19,15 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 #endif
 }
 
+// Brings what lies there nearer. It reads no value: what is written there later will be seen.
+__device__ inline void prefetch(const void* global) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#else
+  emulation::touch(global, 1);
+#endif
+}
+
 // Ends a group of the thread's own copies, which may be empty.
 __device__ inline void commit_copies() {
 #if defined(__CUDACC__)

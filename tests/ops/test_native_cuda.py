@@ -404,8 +404,8 @@ def test_report_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_no_kernel_spills() -> None:
     entries = nvcc.compile_report()
     for entry in entries:
-        # At 128 registers, so that two blocks fit, the widest tile leaves none for what its outer loop counts.
-        most = 32 if "rows_product" in entry["kernel"] else 0
+        # At 128 registers, so that two blocks fit, the widest tiles leave too few for what their outer loop counts.
+        most = 64 if "rows_product" in entry["kernel"] else 0
         assert max(entry["spill_stores"], entry["spill_loads"], entry["stack"]) <= most, entry
         assert 0 < entry["registers"] <= 255
         assert entry["shared"] <= 48 << 10
