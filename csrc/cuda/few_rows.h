@@ -483,14 +483,14 @@ __global__ void __launch_bounds__(kMaxNormWidth / 4) rows_norm(const RowsNorm<T>
   await_previous_kernel();
   float values[4] = {}, sum = 0.0f;
   if (inside) {
-    const Pack<T, 4> x = load<4>(p.x + at);
-    const Pack<__nv_bfloat16, 4> gate = load<4>(gates);
-    shift = load<4>(shifts);
-    scale = load<4>(scales);
-    Pack<float, 4> branch = load<4>(p.partial + at);
+    const Pack<T, 4> x = load_fresh<4>(p.x + at);
+    const Pack<__nv_bfloat16, 4> gate = load_fresh<4>(gates);
+    shift = load_fresh<4>(shifts);
+    scale = load_fresh<4>(scales);
+    Pack<float, 4> branch = load_fresh<4>(p.partial + at);
 #pragma unroll 1
     for (uint32_t split = 1; split < p.splits; ++split) {
-      const Pack<float, 4> more = load<4>(p.partial + split * static_cast<int64_t>(p.rows) * p.width + at);
+      const Pack<float, 4> more = load_fresh<4>(p.partial + split * static_cast<int64_t>(p.rows) * p.width + at);
 #pragma unroll
       for (int j = 0; j < 4; ++j) branch.v[j] += more.v[j];
     }
@@ -529,33 +529,33 @@ struct RowsPlan {
   bool groups;                        // by warpgroups, which Hopper has
 };
 
+// Only where it is called is the kernel compiled.
 template <bool GROUPS, int NT, int WN, int WK, int STAGES>
-struct TileOf {
-  using Tile = RowsTile<GROUPS, NT, WN, WK, STAGES>;
-  static constexpr auto kernel = rows_product<GROUPS, NT, WN, WK, STAGES>;
-};
+auto kernel_of(RowsTile<GROUPS, NT, WN, WK, STAGES>) {
+  return rows_product<GROUPS, NT, WN, WK, STAGES>;
+}
 
-// Calls run(TileOf<...>) for the tile of so many columns, if there is one.
+// Calls run(RowsTile<...>) for the tile of so many columns, if there is one.
 template <typename Run>
 void with_rows_tile(bool groups, uint32_t columns, Run&& run) {
   if (groups) {
     switch (columns) {
-      case 144: return run(TileOf<true, 9, 2, 1, 7>{});
-      case 128: return run(TileOf<true, 8, 2, 1, 9>{});
-      case 112: return run(TileOf<true, 7, 2, 1, 9>{});
-      case 72: return run(TileOf<true, 9, 1, 2, 3>{});
-      case 64: return run(TileOf<true, 4, 2, 1, 9>{});
-      case 32: return run(TileOf<true, 4, 1, 2, 4>{});
+      case 144: return run(RowsTile<true, 9, 2, 1, 7>{});
+      case 128: return run(RowsTile<true, 8, 2, 1, 9>{});
+      case 112: return run(RowsTile<true, 7, 2, 1, 9>{});
+      case 72: return run(RowsTile<true, 9, 1, 2, 3>{});
+      case 64: return run(RowsTile<true, 4, 2, 1, 9>{});
+      case 32: return run(RowsTile<true, 4, 1, 2, 4>{});
       default: return;
     }
   }
   switch (columns) {
-    case 144: return run(TileOf<false, 9, 2, 2, 3>{});
-    case 128: return run(TileOf<false, 8, 2, 2, 3>{});
-    case 112: return run(TileOf<false, 7, 2, 2, 4>{});
-    case 72: return run(TileOf<false, 9, 1, 4, 2>{});
-    case 64: return run(TileOf<false, 8, 1, 4, 2>{});
-    case 32: return run(TileOf<false, 4, 1, 4, 2>{});
+    case 144: return run(RowsTile<false, 9, 2, 2, 3>{});
+    case 128: return run(RowsTile<false, 8, 2, 2, 3>{});
+    case 112: return run(RowsTile<false, 7, 2, 2, 4>{});
+    case 72: return run(RowsTile<false, 9, 1, 4, 2>{});
+    case 64: return run(RowsTile<false, 8, 1, 4, 2>{});
+    case 32: return run(RowsTile<false, 4, 1, 4, 2>{});
     default: return;
   }
 }
@@ -567,7 +567,7 @@ inline uint32_t most_slices(uint32_t inputs, uint32_t shares) { return (inputs /
 // 0 where there is no such tile.
 inline uint32_t rows_product_bytes(bool groups, uint32_t columns, uint32_t slices) {
   uint32_t bytes = 0;
-  with_rows_tile(groups, columns, [&](auto tile) { bytes = decltype(tile)::Tile::bytes(slices); });
+  with_rows_tile(groups, columns, [&](auto tile) { bytes = decltype(tile)::bytes(slices); });
   return bytes;
 }
 
@@ -614,7 +614,7 @@ void launch_rows_product(RowsProduct p, const RowsPlan& plan, Launch&& launch) {
   const Grid grid{
       p.cluster * p.splits, (p.outputs + plan.columns - 1) / plan.columns, (p.rows + kTileRows - 1) / kTileRows, p.cluster};
   with_rows_tile(plan.groups, plan.columns, [&](auto tile) {
-    launch(decltype(tile)::kernel, grid, kRowsThreads, decltype(tile)::Tile::bytes(p.slices), p);
+    launch(kernel_of(tile), grid, kRowsThreads, decltype(tile)::bytes(p.slices), p);
   });
 }
 

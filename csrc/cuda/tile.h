@@ -19,6 +19,24 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 #endif
 }
 
+// For what the kernel before wrote: past L1, which may hold what an earlier kernel read there.
+template <int V, typename T>
+__device__ inline Pack<T, V> load_fresh(const T* address) {
+#if defined(__CUDACC__)
+  constexpr int bytes = sizeof(Pack<T, V>);
+  Pack<T, V> pack;
+  if constexpr (bytes == 16) {
+    *reinterpret_cast<uint4*>(&pack) = __ldcg(reinterpret_cast<const uint4*>(address));
+  } else {
+    static_assert(bytes == 8);
+    *reinterpret_cast<uint2*>(&pack) = __ldcg(reinterpret_cast<const uint2*>(address));
+  }
+  return pack;
+#else
+  return load<V>(address);
+#endif
+}
+
 // Brings what lies there nearer. It reads no value: what is written there later will be seen.
 __device__ inline void prefetch(const void* global) {
 #if defined(__CUDACC__)
