@@ -178,7 +178,10 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
 
   float sums[MT][NT][4] = {};
   uint32_t stage = 0, w = wn * NT * 8 * kSliceBytes + wk * Tile::weight_pitch;  // bytes
-  const auto advance = [](uint32_t& stage) { stage = stage == (STAGES - 1) * WK * Tile::x_pitch ? 0 : stage + WK * Tile::x_pitch; };
+  const auto advance = [](uint32_t& stage) {
+    constexpr uint32_t step = WK * Tile::x_pitch;
+    stage = stage == (STAGES - 1) * step ? 0 : stage + step;
+  };
   if constexpr (GROUPS) {
     // A stage's products run while those of the next are issued, and it is filled again when all warps have seen them end. So
     // two stages are not on their way, which waits for two more than it must at first.

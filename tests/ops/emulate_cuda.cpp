@@ -3,7 +3,8 @@
 //
 // A thread of a cluster is a coroutine that gives way at shuffles, products and barriers only. A warp runs as far as it can before
 // the next one does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier shows.
-// Asynchronous copies arrive, and warpgroups' products are computed, as late as they may, or in the other order of threads at once.
+// Asynchronous copies arrive, and warpgroups' products are computed, as late as they may, or in the other order of threads at
+// once.
 
 #include <ucontext.h>
 
