@@ -276,6 +276,7 @@ def kernel_times(case: Case) -> dict[str, Any]:
 def tile_times(case: Case, deadline: float) -> dict[str, dict[str, Any]]:
     """Product -> "columns x cluster x splits" -> microseconds, the fastest first; as many as there is time for."""
     times: dict[str, dict[str, Any]] = {}
+    linear = torch.ops.textok_fast.few_rows_linear
     for name, (layers, x, activation, parts) in products(case).items():
         found: dict[str, Any] = {}
         outputs, inputs = layers[0].weight.shape
@@ -293,7 +294,7 @@ def tile_times(case: Case, deadline: float) -> dict[str, dict[str, Any]]:
                         def run(tile: Any = tile, layers: Any = layers, x: Any = x, activation: str = activation) -> None:
                             for layer in layers:
                                 bias = None if parts else layer.bias  # noqa: B023
-                                torch.ops.textok_fast.few_rows_linear(x, layer.weight, bias, activation, parts, *tile)  # noqa: B023
+                                linear(x, layer.weight, bias, activation, parts, *tile)  # noqa: B023
 
                         name_of_tile = f"{columns}x{cluster}x{splits}" + groups * " by warpgroups"
                         found[name_of_tile] = microseconds(run, case.depth, replays=7)

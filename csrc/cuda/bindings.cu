@@ -402,7 +402,7 @@ const T* dense_data(
   check_sizes(name, tensor, sizes);
   const void* const data = tensor.const_data_ptr();
   STD_TORCH_CHECK(
-      tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be contiguous and of 16-byte alignment");
+      tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be contiguous, 16-byte aligned");
   return static_cast<const T*>(data);
 }
 
@@ -417,7 +417,8 @@ Tensor rows_linear(
           outputs % 8 == 0 && inputs <= INT32_MAX / 16 && outputs <= INT32_MAX / 16,
       "in must be a multiple of 32 and out of 8, got ", inputs, " and ", outputs);
   plan = plan_rows_product(
-      static_cast<uint32_t>(rows), static_cast<uint32_t>(inputs), static_cast<uint32_t>(outputs), partial, processors_of(x), plan);
+      static_cast<uint32_t>(rows), static_cast<uint32_t>(inputs), static_cast<uint32_t>(outputs), partial, processors_of(x),
+      plan);
   STD_TORCH_CHECK(plan.columns != 0, "no tile for this product");
   STD_TORCH_CHECK(!plan.groups || is_hopper(x), "only GPUs of compute capability 9.0 multiply by warpgroups");
   RowsProduct p{};
@@ -526,7 +527,8 @@ Tensor few_rows_linear(
   dense_data<__nv_bfloat16>("x", x, x, {x.size(0), weight.size(1)});
   Launcher launcher(x);
   launcher.stream().overlap = overlap;
-  const RowsPlan plan{static_cast<uint32_t>(columns), static_cast<uint32_t>(cluster), static_cast<uint32_t>(splits), warpgroups};
+  const RowsPlan plan{
+      static_cast<uint32_t>(columns), static_cast<uint32_t>(cluster), static_cast<uint32_t>(splits), warpgroups};
   const Tensor out = rows_linear(
       x, x.size(0), weight, bias.has_value() ? &*bias : nullptr, activation_of(activation), partial, plan, launcher.stream());
   launcher.check("few_rows_linear");
@@ -554,8 +556,8 @@ std::tuple<Tensor, Tensor> few_rows_norm(
   return result;
 }
 
-// Weights as nn.Linear has them, with their biases. Nothing that runs on the stream may be writing to one of them: the kernels read
-// them before the kernel ahead of them has ended.
+// Weights as nn.Linear has them, with their biases. Nothing that runs on the stream may be writing to one of them: the kernels
+// read them before the kernel ahead of them has ended.
 std::tuple<Tensor, Tensor> packed_block(
     const Tensor& x, const Tensor& hidden, const Tensor& modulation, const Tensor& shift, const Tensor& scale,
     std::vector<Tensor> weights, int64_t heads, int64_t kind, std::string activation, double eps) {

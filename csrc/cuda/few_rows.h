@@ -1,9 +1,10 @@
-// A DiT block over few rows (64, say: a guidance pair of 32 tokens) in bfloat16: products that are bound by reading their weights,
-// attention of at most 64 tokens, and gated residual with LayerNorm. What the block computes: textok_fast/ops/block.py.
+// A DiT block over few rows (64, say: a guidance pair of 32 tokens) in bfloat16: products that are bound by reading their
+// weights, attention of at most 64 tokens, and gated residual with LayerNorm. What the block computes:
+// textok_fast/ops/block.py.
 //
-// With so few rows it is latency that costs. Each kernel lets the next one start at once, and that reads its weights into shared
-// memory while this one computes; a product's sum is split over the blocks of a cluster, so that each reads only a part of x, and
-// is put together through their shared memory.
+// With so few rows it is latency that costs. Each kernel lets the next one start at once, and that reads its weights into
+// shared memory while this one computes; a product's sum is split over the blocks of a cluster, so that each reads only a part
+// of x, and is put together through their shared memory.
 
 #pragma once
 
@@ -23,8 +24,8 @@ constexpr uint32_t kMaxHead = 96;
 constexpr uint32_t kMaxNormWidth = 2048;
 constexpr uint32_t kMostShared = 113 << 10;  // of a block: two of them, or one and the next kernel's, fit a multiprocessor
 
-// Slices of R rows lie one after the other, each row's 64 bytes side by side as four chunks, in an order that differs from row to
-// row: so 8 rows of the same chunk lie in different banks. It is also an order that warpgroups read.
+// Slices of R rows lie one after the other, each row's 64 bytes side by side as four chunks, in an order that differs from row
+// to row: so 8 rows of the same chunk lie in different banks. It is also an order that warpgroups read.
 __host__ __device__ constexpr uint32_t slice_pitch(uint32_t rows) { return rows * kSliceBytes; }
 
 __device__ inline uint32_t place_in_slice(uint32_t row, uint32_t chunk) {
@@ -68,8 +69,8 @@ struct RowsProduct {
   Activation activation;
 };
 
-// 8 warps: some along the rows, 32 each or with GROUPS, where four of them multiply together, 16; WN along the columns with NT * 8
-// each; WK along the sum. STAGES times some slices of x are in shared memory at a time.
+// 8 warps: some along the rows, 32 each or with GROUPS, where four of them multiply together, 16; WN along the columns with NT
+// * 8 each; WK along the sum. STAGES times some slices of x are in shared memory at a time.
 template <bool GROUPS, int NT, int WN, int WK, int STAGES>
 struct RowsTile {
   static constexpr int MT = GROUPS ? 1 : 2, WM = GROUPS ? 4 : 2;  // 16 rows of a warp, warps
@@ -91,7 +92,8 @@ struct RowsTile {
   static constexpr uint32_t bytes(uint32_t slices) { return body(slices) + columns * sizeof(__nv_bfloat16); }
 };
 
-// Columns `first` and on of the `slices` slices from `begin` on; columns after the last one, and slices up to `whole`, as zeros.
+// Columns `first` and on of the `slices` slices from `begin` on; columns after the last one, and slices up to `whole`, as
+// zeros.
 template <uint32_t COLUMNS>
 __device__ inline void copy_weights(
     char* to, const RowsProduct& p, uint32_t first, uint32_t begin, uint32_t slices, uint32_t whole) {
@@ -243,7 +245,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2) rows_product(const RowsProduc
     }
   }
 
-  // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the cluster's.
+  // The parts of the warps along the sum meet in shared memory, in the order in which the threads hold them, then the
+  // cluster's.
   wait_for_copies<0>();  // of a block without a slice
   __syncthreads();
   Pack<float, 4>* const staging = reinterpret_cast<Pack<float, 4>*>(weights);
@@ -450,8 +453,8 @@ __global__ void __launch_bounds__(kRowsThreads) rows_attention(const RowsAttenti
 
 // -- gated residual and LayerNorm --------------------------------------------------------------------------------------------
 
-// r = x + gate (the parts' sum + bias), out = LayerNorm(r) (1 + scale) + shift, of r as it is stored. A block has a row, a thread
-// four numbers of it.
+// r = x + gate (the parts' sum + bias), out = LayerNorm(r) (1 + scale) + shift, of r as it is stored. A block has a row, a
+// thread four numbers of it.
 template <typename T>
 struct RowsNorm {
   const T* x;                                  // (M, D)
@@ -574,8 +577,8 @@ inline uint32_t rows_product_bytes(bool groups, uint32_t columns, uint32_t slice
   return bytes;
 }
 
-// The tile with the fewest bytes through a multiprocessor, x, weights and sums; what is given and not 0 stays. Splits, for partial
-// sums only, are one or two.
+// The tile with the fewest bytes through a multiprocessor, x, weights and sums; what is given and not 0 stays. Splits, for
+// partial sums only, are one or two.
 inline RowsPlan plan_rows_product(
     uint32_t rows, uint32_t inputs, uint32_t outputs, bool partial, uint32_t processors, const RowsPlan& given) {
   RowsPlan best{0, 0, 0, given.groups};

@@ -1,5 +1,5 @@
-// What norm.cu, guided.cu and few_rows.cu compile for bindings.cu. These see no header of PyTorch, which nvcc would read anew for every
-// architecture.
+// What norm.cu, guided.cu and few_rows.cu compile for bindings.cu. These see no header of PyTorch, which nvcc would read anew
+// for every architecture.
 
 #pragma once
 

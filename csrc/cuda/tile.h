@@ -67,9 +67,9 @@ __device__ inline void wait_for_copies() {
 
 // -- tensor cores ------------------------------------------------------------------------------------------------------------
 
-// c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums, by a warp. With g = lane / 4 and t = lane % 4 a thread holds,
-// two numbers a word: a[0] row g, columns 2 t and 2 t + 1; a[1] row g + 8; a[2], a[3] the same 8 columns further; b[0] column g,
-// rows 2 t and 2 t + 1; b[1] 8 rows further; c[0], c[1] row g, columns 2 t and 2 t + 1; c[2], c[3] row g + 8.
+// c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums, by a warp. With g = lane / 4 and t = lane % 4 a thread
+// holds, two numbers a word: a[0] row g, columns 2 t and 2 t + 1; a[1] row g + 8; a[2], a[3] the same 8 columns further; b[0]
+// column g, rows 2 t and 2 t + 1; b[1] 8 rows further; c[0], c[1] row g, columns 2 t and 2 t + 1; c[2], c[3] row g + 8.
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], int of_b = 0) {
 #if defined(__CUDACC__)
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -80,8 +80,8 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uin
 #endif
 }
 
-// Four matrices of 8 rows of 16 bytes in shared memory, whose rows are where lanes 0 to 7, 8 to 15, ... say. Of each a thread gets
-// word lane % 4 of row lane / 4.
+// Four matrices of 8 rows of 16 bytes in shared memory, whose rows are where lanes 0 to 7, 8 to 15, ... say. Of each a thread
+// gets word lane % 4 of row lane / 4.
 __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -97,9 +97,9 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
 
 // Products by four warps at once, of factors that lie in shared memory: Hopper only, and only in code for sm_90a.
 
-// A factor of rows of 64 bytes, of which 8 are 512 bytes and aligned so, in the order of a 64-byte swizzle: chunk i of 16 bytes of
-// row r lies where chunk i ^ (r / 2 % 4) would. PTX ISA, "Matrix Descriptor Format": address, stride from 8 rows to the next,
-// layout. The 16 numbers further on in the same rows are 32 bytes further.
+// A factor of rows of 64 bytes, of which 8 are 512 bytes and aligned so, in the order of a 64-byte swizzle: chunk i of 16 bytes
+// of row r lies where chunk i ^ (r / 2 % 4) would. PTX ISA, "Matrix Descriptor Format": address, stride from 8 rows to the
+// next, layout. The 16 numbers further on in the same rows are 32 bytes further.
 __device__ inline uint64_t describe_factor(const char* rows) {
 #if defined(__CUDACC__)
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
@@ -270,8 +270,9 @@ __device__ inline Pack<float, 4> load_from_rank(const Pack<float, 4>* shared, ui
 // -- overlapping launches ----------------------------------------------------------------------------------------------------
 
 // A kernel that is launched to overlap may start once every block of the one before has called allow_next_kernel(), and must
-// then read nothing that this one writes, and write nothing at all, before await_previous_kernel(): that returns when the kernel
-// before has ended and what it wrote can be seen. As every block of these kernels waits, all the earlier ones have ended too.
+// then read nothing that this one writes, and write nothing at all, before await_previous_kernel(): that returns when the
+// kernel before has ended and what it wrote can be seen. As every block of these kernels waits, all the earlier ones have ended
+// too.
 __device__ inline void allow_next_kernel() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,10 +1,11 @@
 // Runs the kernels of csrc/cuda/{norm,guided,few_rows}.h on the host, the very source that nvcc compiles, to find mistakes in
-// indices, strides, alignment and barriers where there is no GPU. Compiled and called by test_native_cuda.py and test_few_rows.py.
+// indices, strides, alignment and barriers where there is no GPU. Compiled and called by test_native_cuda.py and
+// test_few_rows.py.
 //
-// A thread of a cluster is a coroutine that gives way at shuffles, products and barriers only. A warp runs as far as it can before
-// the next one does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier shows.
-// Asynchronous copies arrive, and warpgroups' products are computed, as late as they may, or in the other order of threads at
-// once.
+// A thread of a cluster is a coroutine that gives way at shuffles, products and barriers only. A warp runs as far as it can
+// before the next one does, from the first to the last or from the last to the first, as the caller wants: so a missing barrier
+// shows. Asynchronous copies arrive, and warpgroups' products are computed, as late as they may, or in the other order of
+// threads at once.
 
 #include <ucontext.h>
 
