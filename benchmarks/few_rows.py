@@ -338,7 +338,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=50, help="after which no further tile is tried")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    deadline, failed = time.monotonic() + options.seconds, False
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         **{k: getattr(options, k) for k in ("size", "batch", "tokens")},
@@ -353,12 +353,21 @@ def main() -> int:
 
     with torch.inference_mode():
         case = Case(options.size, options.batch, options.tokens)
-        say(gpu=result["gpu"], correct=correctness(case))
-        say(block_us=block_times(case))
-        say(kernel_us=kernel_times(case))
-        say(engine_ms=engine_times(options))
-        say(tiles_us=tile_times(case, deadline))
-    return 0
+        say(gpu=result["gpu"])
+        sections: dict[str, Callable[[], Any]] = {
+            "correct": partial(correctness, case),
+            "block_us": partial(block_times, case),
+            "kernel_us": partial(kernel_times, case),
+            "engine_ms": partial(engine_times, options),
+            "tiles_us": partial(tile_times, case, deadline),
+        }
+        for name, measure in sections.items():
+            try:
+                say(**{name: measure()})
+            except Exception as problem:  # the others are still worth knowing
+                say(**{name: f"{type(problem).__name__}: {str(problem)[:300]}"})
+                failed = True
+    return int(failed)
 
 
 if __name__ == "__main__":
