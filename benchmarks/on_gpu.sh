@@ -9,6 +9,7 @@
 #   LIMIT=580 PARTS="build ops attention dit" bash benchmarks/on_gpu.sh
 #   LIMIT=580 PARTS="build linear fp8 steps" bash benchmarks/on_gpu.sh
 #   LIMIT=240 PARTS="build quick profile tests" bash benchmarks/on_gpu.sh    a first look, in four minutes
+#   LIMIT=240 TESTS=few_rows PARTS="build few-rows tests" bash benchmarks/on_gpu.sh    a DiT block over few rows, Hopper and later
 #   LIMIT=580 PARTS="build speedup" bash benchmarks/on_gpu.sh                whole systems: the reference form and the engine
 #   LIMIT=580 PARTS="build compile" bash benchmarks/on_gpu.sh                the same with torch.compile beside them, fewer
 #   LIMIT=580 PARTS="build fp8-speedup parity profile peers" bash benchmarks/on_gpu.sh
@@ -171,6 +172,7 @@ for wanted in $PARTS; do
     fp8-speedup) speedup fp8-speedup 300 --forms engine --dtype "$([ "$device" = cuda ] && echo fp8 || echo int8)" ;;
     parity) study parity 240 "size=$size" ;;
     profile) study profile 120 "size=$size" precision=bf16 ;;
+    few-rows) part few-rows 120 "$PYTHON" benchmarks/few_rows.py --seconds 50 --out "$OUT/few_rows.json" ;;
     peers) # diffusers' DiT and the original form compute their modulation themselves, and diffusers' is over patches only
       study peers 400 "size=$size" "batch=[1]" "tokens=[32,1024]" "modulation=[inside]" \
         "precisions=$([ "$device" = cuda ] && echo '[fp32,bf16,fp8]' || echo '[fp32,bf16,int8]')" ;;

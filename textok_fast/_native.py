@@ -29,6 +29,9 @@ OPERATIONS = (  # what csrc/cpu/ops.cpp defines
     "pack_linear",
     "packed_linear",
     "packed_block",
+    "few_rows_linear",
+    "few_rows_attention",
+    "few_rows_norm",
 )
 
 

@@ -30,6 +30,13 @@ STABLE_TORCH_LIBRARY(textok_fast, m) {
       "packed_block(Tensor x, Tensor hidden, Tensor modulation, Tensor shift, Tensor scale, Tensor[] weights, int heads, "
       "int kind, str activation, float eps) -> (Tensor, Tensor)");
   m.def(
+      "few_rows_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool partial, int columns, int cluster, "
+      "int splits, bool warpgroups, bool overlap) -> Tensor");
+  m.def("few_rows_attention(Tensor qkv, int heads, bool overlap) -> Tensor");
+  m.def(
+      "few_rows_norm(Tensor x, Tensor partial, Tensor bias, Tensor gate, Tensor shift, Tensor scale, float eps, "
+      "bool overlap) -> (Tensor, Tensor)");
+  m.def(
       "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, int out_features, int kind, str activation) "
       "-> Tensor");
 }

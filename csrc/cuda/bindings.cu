@@ -3,9 +3,13 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -367,6 +371,224 @@ Tensor guided_step(
   return out;
 }
 
+// -- few_rows_linear, few_rows_attention, few_rows_norm, packed_block --------------------------------------------------------
+
+bool switched(const char* name, bool otherwise) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? otherwise : std::string_view(value) != "0";
+}
+
+uint32_t processors_of(const Tensor& tensor) {
+  int count = 0;
+  STD_TORCH_CHECK(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()) == cudaSuccess,
+      "textok_fast: the GPU does not tell its number of multiprocessors");
+  return static_cast<uint32_t>(count);
+}
+
+bool is_hopper(const Tensor& tensor) {
+  int major = 0, minor = 0;
+  const int device = tensor.get_device_index();
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+}
+
+// A contiguous bfloat16 (or other) tensor, of 16-byte alignment, of this shape.
+template <typename T>
+const T* dense_data(
+    const char* name, const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
+    ScalarType dtype = ScalarType::BFloat16) {
+  check(name, tensor, like, dtype);
+  check_sizes(name, tensor, sizes);
+  const void* const data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be contiguous, 16-byte aligned");
+  return static_cast<const T*>(data);
+}
+
+// x (M, K), weight (N, K), bias (N) -> (M, N), or the parts of the sum (splits, M, N) in float32 where `partial`.
+Tensor rows_linear(
+    const Tensor& x, int64_t rows, const Tensor& weight, const Tensor* bias, Activation activation, bool partial, RowsPlan plan,
+    Stream& stream) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be (out, in)");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  STD_TORCH_CHECK(
+      rows > 0 && rows <= 65535 * static_cast<int64_t>(kTileRows) && inputs > 0 && inputs % kSlice == 0 && outputs > 0 &&
+          outputs % 8 == 0 && inputs <= INT32_MAX / 16 && outputs <= INT32_MAX / 16,
+      "in must be a multiple of 32 and out of 8, got ", inputs, " and ", outputs);
+  plan = plan_rows_product(
+      static_cast<uint32_t>(rows), static_cast<uint32_t>(inputs), static_cast<uint32_t>(outputs), partial, processors_of(x),
+      plan);
+  STD_TORCH_CHECK(plan.columns != 0, "no tile for this product");
+  STD_TORCH_CHECK(!plan.groups || is_hopper(x), "only GPUs of compute capability 9.0 multiply by warpgroups");
+  RowsProduct p{};
+  p.x = static_cast<const __nv_bfloat16*>(x.const_data_ptr());
+  p.weight = dense_data<__nv_bfloat16>("weight", weight, x, {outputs, inputs});
+  if (bias != nullptr) p.bias = dense_data<__nv_bfloat16>("bias", *bias, x, {outputs});
+  p.rows = static_cast<uint32_t>(rows);
+  p.inputs = static_cast<uint32_t>(inputs);
+  p.outputs = static_cast<uint32_t>(outputs);
+  p.activation = activation;
+  const Tensor out = partial ? empty(x, {plan.splits, rows, outputs}, ScalarType::Float)
+                             : empty(x, {rows, outputs}, ScalarType::BFloat16);
+  partial ? void(p.partial = data_of<float>(out)) : void(p.out = data_of<__nv_bfloat16>(out));
+  run_rows_product(p, plan, stream);
+  return out;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "gelu") return Activation::kGelu;
+  STD_TORCH_CHECK(name == "gelu_tanh", "activation must be none, gelu or gelu_tanh, got ", name);
+  return Activation::kGeluTanh;
+}
+
+// qkv (B, N, 3 D), contiguous, in any shape of as many numbers -> (B, N, D)
+Tensor rows_attend(const Tensor& qkv, int64_t batch, int64_t tokens, int64_t width, int64_t heads, Stream& stream) {
+  STD_TORCH_CHECK(heads > 0 && width % heads == 0, "heads must divide D = ", width);
+  const int64_t each = width / heads;
+  STD_TORCH_CHECK(
+      tokens <= kMaxTokens && each <= kMaxHead && each % 8 == 0 && batch <= 65535, "at most ", kMaxTokens,
+      " tokens, and D / heads must be a multiple of 8 up to ", kMaxHead, "; got ", tokens, " and ", each);
+  const Tensor out = empty(qkv, {batch, tokens, width}, ScalarType::BFloat16);
+  RowsAttention p{};
+  p.qkv = static_cast<const __nv_bfloat16*>(qkv.const_data_ptr());
+  p.out = data_of<__nv_bfloat16>(out);
+  p.batch = static_cast<uint32_t>(batch);
+  p.tokens = static_cast<uint32_t>(tokens);
+  p.heads = static_cast<uint32_t>(heads);
+  p.width = static_cast<uint32_t>(each);
+  p.scale = attention_scale(p.width);
+  run_rows_attention(p, stream);
+  return out;
+}
+
+// Row `index` of x's samples in a table (B, many D), or the whole of one (B, D): its address; the stride is the table's.
+const __nv_bfloat16* table_part(const char* name, const Tensor& table, const Tensor& x, int64_t index, int64_t width) {
+  check(name, table, x, ScalarType::BFloat16);
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.size(0) == x.size(0) && table.size(1) >= (index + 1) * width, name, " has the wrong shape");
+  const __nv_bfloat16* const data = static_cast<const __nv_bfloat16*>(table.const_data_ptr()) + index * width;
+  STD_TORCH_CHECK(
+      table.stride(1) == 1 && stride_of(table, 0) % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 8 == 0, name,
+      " must have rows of 8-byte alignment");
+  return data;
+}
+
+struct Modulation {
+  const Tensor& table;
+  int64_t index;
+};
+
+std::tuple<Tensor, Tensor> rows_gated_norm(
+    const Tensor& x, const Tensor& partial, const Tensor& bias, Modulation gate, Modulation shift, Modulation scale, double eps,
+    Stream& stream) {
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  STD_TORCH_CHECK(
+      batch > 0 && batch <= 65535 && tokens > 0 && width > 0 && width % 4 == 0 && width <= kMaxNormWidth,
+      "D must be a multiple of 4 up to ", kMaxNormWidth, ", got ", width);
+  STD_TORCH_CHECK(partial.dim() == 3, "partial must be (splits, B N, D)");
+  const Tensor residual = empty(x, {batch, tokens, width}, x.scalar_type());
+  const Tensor out = empty(x, {batch, tokens, width}, ScalarType::BFloat16);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    RowsNorm<T> p{};
+    p.x = dense_data<T>("x", x, x, {batch, tokens, width}, x.scalar_type());
+    p.partial = dense_data<float>("partial", partial, x, {partial.size(0), batch * tokens, width}, ScalarType::Float);
+    p.bias = dense_data<__nv_bfloat16>("bias", bias, x, {width});
+    p.gate = table_part("gate", gate.table, x, gate.index, width);
+    p.shift = table_part("shift", shift.table, x, shift.index, width);
+    p.scale = table_part("scale", scale.table, x, scale.index, width);
+    p.gate_stride = stride_of(gate.table, 0);
+    p.shift_stride = stride_of(shift.table, 0);
+    p.scale_stride = stride_of(scale.table, 0);
+    p.residual = data_of<T>(residual);
+    p.out = data_of<__nv_bfloat16>(out);
+    p.rows = static_cast<uint32_t>(batch * tokens);
+    p.tokens = static_cast<uint32_t>(tokens);
+    p.width = static_cast<uint32_t>(width);
+    p.splits = static_cast<uint32_t>(partial.size(0));
+    p.eps = static_cast<float>(eps);
+    run_rows_norm(p, stream);
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    run(float{});
+  } else {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be float32 or bfloat16");
+    run(__nv_bfloat16{});
+  }
+  return {residual, out};
+}
+
+Tensor few_rows_linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::string activation, bool partial,
+    int64_t columns, int64_t cluster, int64_t splits, bool warpgroups, bool overlap) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x must be (M, in) and weight (out, in)");
+  dense_data<__nv_bfloat16>("x", x, x, {x.size(0), weight.size(1)});
+  Launcher launcher(x);
+  launcher.stream().overlap = overlap;
+  const RowsPlan plan{
+      static_cast<uint32_t>(columns), static_cast<uint32_t>(cluster), static_cast<uint32_t>(splits), warpgroups};
+  const Tensor out = rows_linear(
+      x, x.size(0), weight, bias.has_value() ? &*bias : nullptr, activation_of(activation), partial, plan, launcher.stream());
+  launcher.check("few_rows_linear");
+  return out;
+}
+
+Tensor few_rows_attention(const Tensor& qkv, int64_t heads, bool overlap) {
+  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be (B, N, 3 D)");
+  dense_data<__nv_bfloat16>("qkv", qkv, qkv, {qkv.size(0), qkv.size(1), qkv.size(2)});
+  Launcher launcher(qkv);
+  launcher.stream().overlap = overlap;
+  const Tensor out = rows_attend(qkv, qkv.size(0), qkv.size(1), qkv.size(2) / 3, heads, launcher.stream());
+  launcher.check("few_rows_attention");
+  return out;
+}
+
+std::tuple<Tensor, Tensor> few_rows_norm(
+    const Tensor& x, const Tensor& partial, const Tensor& bias, const Tensor& gate, const Tensor& shift, const Tensor& scale,
+    double eps, bool overlap) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be (B, N, D)");
+  Launcher launcher(x);
+  launcher.stream().overlap = overlap;
+  auto result = rows_gated_norm(x, partial, bias, {gate, 0}, {shift, 0}, {scale, 0}, eps, launcher.stream());
+  launcher.check("few_rows_norm");
+  return result;
+}
+
+// Weights as nn.Linear has them, with their biases. Nothing that runs on the stream may be writing to one of them: the kernels
+// read them before the kernel ahead of them has ended.
+std::tuple<Tensor, Tensor> packed_block(
+    const Tensor& x, const Tensor& hidden, const Tensor& modulation, const Tensor& shift, const Tensor& scale,
+    std::vector<Tensor> weights, int64_t heads, int64_t kind, std::string activation, double eps) {
+  STD_TORCH_CHECK(x.dim() == 3 && hidden.dim() == 3, "x and hidden must be (B, N, D)");
+  STD_TORCH_CHECK(kind == 1 && weights.size() == 8, "on CUDA a block has 4 bfloat16 weights, each with a bias");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), rows = batch * tokens;
+  dense_data<__nv_bfloat16>("hidden", hidden, x, {batch, tokens, width});
+  STD_TORCH_CHECK(weights[0].dim() == 2 && weights[4].dim() == 2, "weights must be (out, in)");
+  const int64_t inner = weights[4].size(0);
+  const int64_t sizes[4][2] = {{3 * width, width}, {width, width}, {inner, width}, {width, inner}};
+  for (size_t i = 0; i < 4; ++i) check_sizes("a weight", weights[2 * i], {sizes[i][0], sizes[i][1]});
+
+  Launcher launcher(x);
+  Stream& stream = launcher.stream();
+  stream.overlap = switched("TEXTOK_OVERLAP", true);
+  const RowsPlan plan{0, 0, 0, switched("TEXTOK_WARPGROUPS", false)};
+  const auto linear = [&](const Tensor& from, size_t index, Activation with = Activation::kNone) {
+    return rows_linear(from, rows, weights[index], &weights[index + 1], with, false, plan, stream);
+  };
+  const auto partial = [&](const Tensor& from, size_t index) {
+    return rows_linear(from, rows, weights[index], nullptr, Activation::kNone, true, plan, stream);
+  };
+  const Tensor attended = rows_attend(linear(hidden, 0), batch, tokens, width, heads, stream);
+  const auto [between, normed] = rows_gated_norm(
+      x, partial(attended, 2), weights[3], {modulation, 2}, {modulation, 3}, {modulation, 4}, eps, stream);
+  const Tensor branch = partial(linear(normed, 4, activation_of(activation)), 6);
+  auto result = rows_gated_norm(between, branch, weights[7], {modulation, 5}, {shift, 0}, {scale, 0}, eps, stream);
+  launcher.check("packed_block");
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(textok_fast, CUDA, m) {
@@ -375,6 +597,10 @@ STABLE_TORCH_LIBRARY_IMPL(textok_fast, CUDA, m) {
   m.impl("gated_residual_layer_norm_modulate", TORCH_BOX(&gated_residual_layer_norm_modulate));
   m.impl("gated_residual_layer_norm_modulate_backward", TORCH_BOX(&gated_residual_layer_norm_modulate_backward));
   m.impl("guided_step", TORCH_BOX(&guided_step));
+  m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear));
+  m.impl("few_rows_attention", TORCH_BOX(&few_rows_attention));
+  m.impl("few_rows_norm", TORCH_BOX(&few_rows_norm));
+  m.impl("packed_block", TORCH_BOX(&packed_block));
 }
 
 }  // namespace textok_fast::cuda

@@ -10,9 +10,9 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// Of 16-byte alignment, of the size given at the launch.
-#define TEXTOK_DYNAMIC_SHARED(name)        \
-  extern __shared__ float4 name##_bytes[]; \
+// Of 1,024-byte alignment, of the size given at the launch.
+#define TEXTOK_DYNAMIC_SHARED(name)                          \
+  extern __shared__ __align__(1024) float4 name##_bytes[]; \
   float* const name = reinterpret_cast<float*>(name##_bytes)
 #endif
 

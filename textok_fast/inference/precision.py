@@ -37,6 +37,7 @@ from textok_fast.modeling.layers import (
     turned,
 )
 from textok_fast.ops import PackedWeight, RowScaled
+from textok_fast.ops.dispatch import REFERENCE, choose
 from textok_fast.ops.fp8 import lacks_e4m3
 
 Precision = Literal["fp32", "bf16", "int8", "fp8"]
@@ -106,6 +107,8 @@ def prepare(
         _use_fp8(prepared, place)
     elif parts:
         _pack(prepared, _packer(precision, products, _rows(model)))
+    elif precision == "bf16" and place.type == "cuda":
+        _put_in_place(prepared, FewRowsDiTBlock.of)
     return prepared
 
 
@@ -212,6 +215,34 @@ class PackedDiTBlock(nn.Module):
         return ops.packed_block(self.packed, x, hidden, modulation, *following)
 
 
+class FewRowsDiTBlock(nn.Module):
+    """``DiTBlock`` on a GPU, run as one operation where :func:`textok_fast.ops.packed_block` is chosen, else as it is."""
+
+    def __init__(self, block: DiTBlock, packed: ops.PackedBlock) -> None:
+        super().__init__()
+        self.attn, self.mlp, self.adaLN_modulation = block.attn, block.mlp, block.adaLN_modulation
+        self.cross_norm, self.cross_attn = block.cross_norm, block.cross_attn
+        self.packed = packed
+
+    @classmethod
+    def of(cls, block: DiTBlock) -> FewRowsDiTBlock | None:
+        """What stands in the place of ``block``, whose weights it shares; None where it must stay what it is."""
+        attn, mlp = block.attn, block.mlp
+        if not _is_original(block) or block.cross_attn is not None or attn.q_norm is not None or attn.k_norm is not None:
+            return None
+        layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        qkv, proj, fc1, fc2 = (ops.pack_linear(layer.weight, layer.bias, "bf16", "reference") for layer in layers)
+        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, _gelu(mlp)))
+
+    def forward(
+        self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``DiTBlock.forward``."""
+        if choose("packed_block", self.packed, x, hidden, modulation, *following) == REFERENCE:
+            return DiTBlock.forward(self, x, hidden, modulation, following, text)  # type: ignore[arg-type]
+        return ops.packed_block(self.packed, x, hidden, modulation, *following)
+
+
 class SplitAttention(nn.Module):
     """``Attention`` with the queries' product apart, for a block of whose result only some rows are wanted."""
 
@@ -256,9 +287,14 @@ def _pack(model: nn.Module, make: Make) -> None:
             block.attn = SplitAttention(block.attn, make)  # type: ignore[assignment]
     for part in _blocks(model) or [model]:
         _replace(part, make)
+    _put_in_place(model, PackedDiTBlock.of)
+
+
+def _put_in_place(model: nn.Module, make: Callable[[DiTBlock], nn.Module | None]) -> None:
+    """Puts what ``make`` gives, if anything, in the place of each DiT block."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, DiTBlock) and (whole := PackedDiTBlock.of(child)) is not None:
+            if isinstance(child, DiTBlock) and (whole := make(child)) is not None:
                 setattr(parent, name, whole)
 
 
