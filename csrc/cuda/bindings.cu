@@ -573,7 +573,7 @@ std::tuple<Tensor, Tensor> packed_block(
   Launcher launcher(x);
   Stream& stream = launcher.stream();
   stream.overlap = switched("TEXTOK_OVERLAP", true);
-  const RowsPlan plan{0, 0, 0, switched("TEXTOK_WARPGROUPS", false)};
+  const RowsPlan plan{0, 0, 0, switched("TEXTOK_WARPGROUPS", is_hopper(x))};
   const auto linear = [&](const Tensor& from, size_t index, Activation with = Activation::kNone) {
     return rows_linear(from, rows, weights[index], &weights[index + 1], with, false, plan, stream);
   };

@@ -37,8 +37,10 @@ MAX_KEYS = 256  # what the Triton kernel takes
 MAX_HEAD_DIM = 128
 HALVES = (torch.bfloat16, torch.float16)
 
-# What is chosen without being forced. Nothing of it is measured yet: benchmarks/PENDING.md says how. In float32 Triton's exact
-# products do without tensor cores, which is no reason to prefer it to torch's.
+# What is chosen without being forced. A DiT-XL step over 32 tokens on an H200, bf16, ms with triton and sdpa: 1.07 and 1.23 at
+# batch 1, 1.53 and 1.81 at 8, 7.17 and 8.29 at 64 (benchmarks/results/step-choices-h200-2026-11-27.json). Beyond 32 tokens and
+# for flash-attn nothing is measured yet: benchmarks/PENDING.md says how. In float32 Triton's exact products do without tensor
+# cores, which is no reason to prefer it to torch's.
 TRITON_UP_TO = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 0}  # dtype -> keys up to which Triton is chosen
 # Keys up to which the CPU's own kernel is chosen, by the native library's kernels. On one and two threads of an AVX-512
 # processor it took 0.8 to 0.95 of the time of torch's in float32 from 32 to 4,096 keys, with products of bf16 half of it in
