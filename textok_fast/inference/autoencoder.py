@@ -1,6 +1,6 @@
 """Stable Diffusion's autoencoder run by a plan: diffusers' AutoencoderKL, with its own calls.
 
-Its time goes into convolutions: weights and activations lie channels-last, the plan's precision is theirs, and networks are
+Its time goes into convolutions: weights and activations lie channels-last where that is faster, the plan's precision is theirs, and networks are
 compiled and captured as the plan says. int8 and fp8 are forms of a transformer's products, of which it has next to none: in
 such plans it runs in what they compute all else in, float32 and bfloat16.
 """
@@ -49,8 +49,8 @@ class AutoencoderEngine:
         other = "another precision" if precision == "fp32" else "another device"
         require_fits(estimate, f"the autoencoder in {precision}", f"use {other}")
         self.model: Any = prepare(model, precision, device=self.device, products="reference")
-        # On an H200 the uncompiled decoder took longer with channels last than without: 27 ms against 22 for a picture of 512 px,
-        # 966 against 675 for 64 (benchmarks/results/speedup-xl-bf16-h200-2026-11-27). Compiled it was not measured there.
+        # On an H200 the uncompiled decoder took longer with channels last than without: 27 ms against 22 for a picture of 512
+        # px, 966 against 675 for 64 (benchmarks/results/speedup-xl-bf16-h200-2026-11-27). Compiled it was not measured there.
         plain = self.device.type == "cuda" and plan.compile == "none"
         self._layout = torch.contiguous_format if plain else torch.channels_last
         for layer in self.model.modules():
