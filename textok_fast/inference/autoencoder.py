@@ -1,8 +1,8 @@
 """Stable Diffusion's autoencoder run by a plan: diffusers' AutoencoderKL, with its own calls.
 
 Its time goes into convolutions: weights and activations lie channels-last where that is faster, the plan's precision is
-theirs, and networks are compiled and captured as the plan says. int8 and fp8 are forms of a transformer's products, of which it has next to none: in
-such plans it runs in what they compute all else in, float32 and bfloat16.
+theirs, and networks are compiled and captured as the plan says. int8 and fp8 are forms of a transformer's products, of which it
+has next to none: in such plans it runs in what they compute all else in, float32 and bfloat16.
 """
 
 from __future__ import annotations
