@@ -222,12 +222,13 @@ class DiTConfig:
     qk_norm: bool = False  # a LayerNorm over each head's queries and one over its keys
     guided_channels: int = 0  # guidance changes the first so many channels, 3 in the published DiT; 0: all
     frequency_shift: int = 0  # of t's sinusoids: the last frequency is period^(-1 + shift / 128); 1 in diffusers' DiT
+    mlp_norm_eps: float = 1e-6  # of the LayerNorm before a block's MLP; 1e-5 by default in diffusers' DiT; the others have 1e-6
     text_dim: int = 0
     image_token_dim: int = 0
     num_image_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "width", "depth", "heads", "mlp_ratio"):
+        for name in ("patch_size", "in_channels", "width", "depth", "heads", "mlp_ratio", "mlp_norm_eps"):
             _require_positive(self, name)
         for name in ("num_tokens", "input_size", "num_classes", "text_dim", "image_token_dim", "num_image_tokens"):
             _require_range(self, name, 0)

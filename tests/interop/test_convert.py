@@ -210,12 +210,13 @@ def test_heads_are_what_normalized_queries_tell() -> None:
 
 
 @torch.no_grad()
-def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eps", [{}, {"norm_eps": 1e-6}, {"norm_eps": 0.1}])  # diffusers' default is 1e-5, DiT's 1e-6
+def test_diffusers_dit_both_ways(tmp_path: Path, eps: dict[str, float]) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     peer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=5, norm_eps=1e-6,
+        num_embeds_ada_norm=5, **eps,
     ).eval()  # fmt: skip
     for block in peer.transformer_blocks[1:]:  # as the published weights were converted: one embedder, in every block
         block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
@@ -225,7 +226,9 @@ def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
     wanted = peer(x, t, y, return_dict=False)[0]
     torch.testing.assert_close(model(x, t, y), wanted, **CLOSE)
     torch.testing.assert_close(Engine(model, Plan())(x, t, y), wanted, atol=2e-5, rtol=1e-4)
-    assert model.config.guided_channels == 3
+    assert model.config.guided_channels == 3 and model.config.mlp_norm_eps == peer.config.norm_eps
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(DiT.from_pretrained(tmp_path / "own")(x, t, y), model(x, t, y))
     back = interop.to_diffusers_dit(model)
     torch.testing.assert_close(back(x, t, y, return_dict=False)[0], wanted, **CLOSE)
     ours = awake()
@@ -234,6 +237,11 @@ def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
     peer.save_pretrained(tmp_path / "uneven")
     with pytest.raises(InputError, match=r"blocks.1.norm1.emb.class_embedder.embedding_table.weight differs from block 0's"):
         interop.load("diffusers-dit", tmp_path / "uneven")
+    about = json.loads((tmp_path / "peer" / "config.json").read_text())
+    for name, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm")):
+        (tmp_path / "peer" / "config.json").write_text(json.dumps({**about, name: value}))
+        with pytest.raises(InputError, match=f"a DiT has {name} '.*', got '{value}'"):
+            interop.load("diffusers-dit", tmp_path / "peer")
     with pytest.raises(InputError, match="2-D patches with class labels"):
         interop.to_diffusers_dit(awake(num_tokens=4, input_size=0, patch_size=1))
     with pytest.raises(InputError, match="no config.json"):

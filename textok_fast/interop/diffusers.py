@@ -91,7 +91,7 @@ class _Model(ModelMixin, ConfigMixin):
         if not isinstance(model, cls.own):
             raise InputError(f"{cls.__name__} goes around a {cls.own.__name__}, got {type(model).__name__}")
         with torch.device("meta"):
-            made = cls(to_dict(model.config))
+            made = cls(textok=to_dict(model.config))  # by name: diffusers keeps only such in `config`
         setattr(made, cls.place, model)
         return cast(Self, made.train(model.training))
 

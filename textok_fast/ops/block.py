@@ -20,6 +20,9 @@ from textok_fast.ops.norm import gated_residual_layer_norm_modulate
 from textok_fast.ops.packed import ACTIVATIONS, PRECISIONS, PackedWeight, packed_linear
 
 
+EPS = 1e-6  # of a DiT's LayerNorms
+
+
 class PackedBlock(NamedTuple):
     """The weights of a DiT block, each from :func:`textok_fast.ops.pack_linear`, and what shapes do not tell."""
 
@@ -29,6 +32,7 @@ class PackedBlock(NamedTuple):
     fc2: PackedWeight  # hidden -> D
     heads: int
     activation: str  # between fc1 and fc2: "gelu" or "gelu_tanh"
+    mlp_eps: float = EPS  # of the LayerNorm before fc1
 
     @property
     def weights(self) -> tuple[PackedWeight, PackedWeight, PackedWeight, PackedWeight]:
@@ -36,18 +40,18 @@ class PackedBlock(NamedTuple):
 
 
 def packed_block_reference(
-    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`packed_block` by its parts, each with the backend that is chosen for it."""
     _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
     attended = short_attention(packed_linear(hidden, block.qkv), block.heads)  # (B, N, D)
-    x, inner = gated_residual_layer_norm_modulate(x, packed_linear(attended, block.proj), gate1, shift2, scale2, eps)
+    x, inner = gated_residual_layer_norm_modulate(x, packed_linear(attended, block.proj), gate1, shift2, scale2, block.mlp_eps)
     branch = packed_linear(packed_linear(inner, block.fc1, block.activation), block.fc2)  # (B, N, D)
-    return gated_residual_layer_norm_modulate(x, branch, gate2, shift, scale, eps)
+    return gated_residual_layer_norm_modulate(x, branch, gate2, shift, scale, EPS)
 
 
 def packed_block(
-    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A DiT block (Peebles & Xie 2023) from one modulated LayerNorm to the next. Without gradient.
 
@@ -73,10 +77,10 @@ def packed_block(
     if needs_gradient(x, hidden, modulation, shift, scale):
         raise InputError("packed weights have no gradient; call them under torch.no_grad()")
     if choose("packed_block", block, x, hidden, modulation, shift, scale) == REFERENCE:
-        return packed_block_reference(block, x, hidden, modulation, shift, scale, eps)
+        return packed_block_reference(block, x, hidden, modulation, shift, scale)
     given = [tensor for each in block.weights for tensor in (each.weight, each.bias, each.scales) if tensor is not None]
     kind = PRECISIONS.index(block.qkv.precision)
-    return library("native").packed_block(x, hidden, modulation, shift, scale, given, block.heads, kind, block.activation, eps)
+    return library("native").packed_block(x, hidden, modulation, shift, scale, given, block.heads, kind, block.activation, EPS)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------------
@@ -89,6 +93,8 @@ def _native_rule(block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tens
         return "it takes weights packed by the native library, with biases"
     if len({each.precision for each in block.weights}) > 1 or block.activation not in ACTIVATIONS:
         return "its weights must be of one precision"
+    if block.mlp_eps != EPS:
+        return f"its LayerNorms have epsilon {EPS}, the one before fc1 was to have {block.mlp_eps}"
     if any(backend != "native" for name, backend in dispatch.forced().items() if name != "packed_block"):
         return "an operation inside of it may be forced to another backend"
     if not x.is_cpu or x.dtype not in (torch.float32, hidden.dtype) or hidden.dtype not in (torch.float32, torch.bfloat16):
