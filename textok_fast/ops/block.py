@@ -19,7 +19,6 @@ from textok_fast.ops.library import define, has_native, library
 from textok_fast.ops.norm import gated_residual_layer_norm_modulate
 from textok_fast.ops.packed import ACTIVATIONS, PRECISIONS, PackedWeight, packed_linear
 
-
 EPS = 1e-6  # of a DiT's LayerNorms
 
 
