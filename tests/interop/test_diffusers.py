@@ -650,6 +650,43 @@ def test_calls_as_people_write_them(make_tokenizer: Make, monkeypatch: pytest.Mo
     assert sizes == [1, 1, 2]
 
 
+@torch.no_grad()
+def test_where_a_dit_pipeline_is_called(tmp_path: Path) -> None:
+    """The arguments by position, the default guidance, the names of classes and the pictures are DiTPipeline's."""
+    sizes: dict[str, Any] = {"input_size": 4, "patch_size": 2, "in_channels": 4, "width": 32, "depth": 2, "heads": 2}
+    dit = DiT(DiTConfig(**sizes, frequency_shift=1, mlp_norm_eps=1e-5)).eval()
+    for parameter in dit.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=8, **blocks
+    ).eval()
+    names = {0: "tench, Tinca tinca", 1: "hen", 2: "crane", 3: "crane"}
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    theirs = diffusers.DiTPipeline(interop.to_diffusers_dit(dit), vae, scheduler, id2label=names)
+    ours = TexTokPipeline(TexTokTransformer.from_textok(dit), vae, scheduler, label_names=[*names.values()])
+    for each in (theirs, ours):
+        each.set_progress_bar_config(disable=True)
+    assert ours.labels == theirs.labels and list(ours.labels) == list(theirs.labels)
+    words = ["hen", "Tinca tinca", "crane"]
+    labels = theirs.get_label_ids(words)
+    assert ours.get_label_ids(words) == labels == [1, 0, 3]
+    noise = torch.randn(3, 4, 4, 4, generator=seeded())  # what DiTPipeline draws
+    for arguments in ((), (1.5,), (6.0, seeded(), 10, "np", False)):
+        named: dict[str, Any] = {} if len(arguments) > 1 else {"num_inference_steps": 10, "output_type": "np"}
+        wanted = theirs(labels, *arguments, **({} if len(arguments) > 1 else {"generator": seeded()}), **named)
+        found = ours(labels, *arguments, latents=noise, **named)
+        one, other = (given[0] if isinstance(given, tuple) else given.images for given in (found, wanted))
+        assert isinstance(found, tuple) is isinstance(wanted, tuple)
+        assert abs(one - other).max() < 0.51 / 255 + 1e-3 and other.std() > 0.01
+    assert ours.guidance_scale == 6.0
+    for bad, named in (((4.0,), {"guidance_scale": 3.0}), ((4.0, None, 2, "np", True, 1), {})):
+        with pytest.raises(InputError, match="by position go guidance_scale, generator"):
+            ours(labels, *bad, **named)
+    with pytest.raises(InputError, match="no class 'dog'"):
+        ours.get_label_ids(["hen", "dog"])
+
+
 def test_callback_classes_of_diffusers(make_tokenizer: Make) -> None:
     from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 

@@ -7,6 +7,7 @@ The models are saved in this library's own format, so that either class reads wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -403,7 +404,7 @@ def _trained_with(scheduler: Any, learn_sigma: bool | None = None) -> tuple[Obje
     config = scheduler.config
     wanted = {**_AS_HERE, "solver_type": _SOLVER_TYPES.get(name)}
     own = inspect.signature(type(scheduler).__init__).parameters  # config also keeps what other classes were made with
-    for option in own.keys() & wanted.keys():
+    for option in filter(own.__contains__, wanted):
         if not np.all(config[option] == wanted[option]):  # of an array too
             hint = f": {name}.from_config(pipe.scheduler.config) does not clamp latents" if option == "clip_sample" else ""
             raise InputError(f"{name} here has {option} {wanted[option]!r}, got {config[option]!r}{hint}")
@@ -429,6 +430,21 @@ def _trained_with(scheduler: Any, learn_sigma: bool | None = None) -> tuple[Obje
 
 _CODE = '"""For ``DiffusionPipeline.from_pretrained(..., trust_remote_code=True)``."""\n\n'
 _CODE += 'from textok_fast.interop.diffusers import TexTokPipeline\n\n__all__ = ["TexTokPipeline"]\n'
+
+
+def _as_called_in_diffusers(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Arguments by position are those of DiTPipeline behind labels, else ``height`` and ``width``. InputError for others."""
+
+    @functools.wraps(call)
+    def run(self: Any, prompt: Any = None, *values: Any, **named: Any) -> Any:
+        names: tuple[str, ...] = ("height", "width")
+        if isinstance(self.pipeline, ClassToImagePipeline) and named.get("class_labels") is None:
+            names = ("guidance_scale", "generator", "num_inference_steps", "output_type", "return_dict")
+        if len(values) > len(names) or set(names[: len(values)]) & named.keys():
+            raise InputError(f"by position go {', '.join(names)}, each once: give the {len(values)} values by name")
+        return call(self, prompt, **dict(zip(names, values, strict=False)), **named)
+
+    return run
 
 
 class TexTokPipeline(DiffusionPipeline):
@@ -571,14 +587,20 @@ class TexTokPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Classes by name, as DiTPipeline's."""
-        return dict(sorted((name, index) for index, name in enumerate(self.config.label_names)))
+        """Classes by name, as DiTPipeline's: of one that is called "tench, Tinca tinca" by either."""
+        names = (
+            (name.strip(), index) for index, all_names in enumerate(self.config.label_names) for name in all_names.split(",")
+        )
+        return dict(sorted(dict(names).items()))
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Classes of names, as DiTPipeline's. InputError for a name that no class has."""
         if not isinstance(self.pipeline, ClassToImagePipeline):
             raise InputError("this pipeline generates from captions: it has no classes")
-        return [self.pipeline.label_index(name) for name in ([label] if isinstance(label, str) else label)]
+        labels, names = self.labels, [label] if isinstance(label, str) else list(label)
+        if unknown := [name for name in names if name not in labels]:
+            raise InputError(f"no class {unknown[0]!r}; known: {', '.join(list(labels)[:8]) or 'none by name'}, ...")
+        return [labels[name] for name in names]
 
     @property
     def guidance_scale(self) -> float:
@@ -596,6 +618,7 @@ class TexTokPipeline(DiffusionPipeline):
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
+    @_as_called_in_diffusers
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -604,7 +627,7 @@ class TexTokPipeline(DiffusionPipeline):
         *,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -619,9 +642,11 @@ class TexTokPipeline(DiffusionPipeline):
 
         Args:
             prompt, class_labels: one or several; a model by class decodes with ``prompt``, one for each label, if given.
-                Labels may come in ``prompt``'s place, where DiTPipeline has them.
+                Labels may come in ``prompt``'s place, where DiTPipeline has them, and then by position what it has next:
+                ``guidance_scale``, ``generator``, ``num_inference_steps``, ``output_type`` and ``return_dict``.
             height, width: S, or None.
-            guidance_scale: as in diffusers, 1 and less is no guidance.
+            guidance_scale: as in diffusers, 1 and less is no guidance. None: DiTPipeline's 4 for what that runs, a generator
+                by class over an autoencoder's latents, and no guidance for all others.
             negative_prompt: one, or one for each prompt: what guidance leads away from, for a generator that reads text.
             generator: one, or one for each picture, from which seeds are drawn; None draws them from torch's.
             latents: initial noise, (B, N, d) or (B, C, h, w), standard normal, in place of what the seeds give.
@@ -631,7 +656,8 @@ class TexTokPipeline(DiffusionPipeline):
                 diffusers' schedulers count it, of a flow 1000 t. Latents that it returns in a mapping take the place of
                 those shown, which are copies. With a callback a plan captures each evaluation alone, not the loop.
             callback_on_step_end_tensor_inputs: what is in the mapping, "latents" or nothing.
-            options: further fields of :class:`~textok_fast.inference.SamplingOptions`, such as ``sampler``.
+            options: further fields of :class:`~textok_fast.inference.SamplingOptions`, such as ``sampler``, or
+                ``guided_channels``: DiTPipeline guides all, else it is as many as the generator's configuration says.
 
         Raises: InputError for conditions that the model does not take.
         """
@@ -649,6 +675,9 @@ class TexTokPipeline(DiffusionPipeline):
             raise InputError(f"unknown options {', '.join(unknown)}; known: {known}")
         wanted, run = self._conditions(prompt, class_labels, negative_prompt, num_images_per_prompt)
         options = {"sampler": _SAMPLER_OF[type(self.scheduler).__name__], **options}
+        if guidance_scale is None:
+            as_there = isinstance(self.pipeline, ClassToImagePipeline) and isinstance(self.vae, AutoencoderKL)
+            guidance_scale = 4.0 if as_there else 1.0
         self._interrupt, self._guidance_scale, self._num_timesteps = False, max(guidance_scale, 1.0), num_inference_steps
         how = SamplingOptions(**{**options, "steps": num_inference_steps, "guidance_scale": self._guidance_scale})
         self.pipeline.decode_batch = 1 if self.vae.use_slicing else None
