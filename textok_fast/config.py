@@ -84,8 +84,8 @@ class TexTokConfig:
     text_positions: bool = False  # learned positions on the text tokens, as TA-TiTok; TexTok has a linear projection only
     text_split: str = ""  # non-empty: captions are cut here and encoded clause by clause, so that clauses are cached
     text_window: bool = False  # captions are padded to max_text_tokens and all of these count, as TA-TiTok
-    codebook_size: int = 4096  # vq
-    normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok
+    codebook_size: int = 4096  # vq, softvq
+    normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok; softvq: latents and codes of norm 1
     fsq_levels: tuple[int, ...] = ()  # fsq; empty: chosen from latent_dim
     soft_codebooks: int = 1  # softvq: each serves an equal part of the tokens
     soft_temperature: float = 0.07  # softvq: of the assignment to codes
@@ -638,13 +638,12 @@ def _size_row(table: dict[str, dict[str, int]], size: str) -> dict[str, int]:
 
 
 def _require_positive(config: Any, name: str) -> None:
-    if not isinstance(getattr(config, name), (int, float)):
-        raise InputError(f"{name} must be a number, got {getattr(config, name)!r}")
     value = getattr(config, name)
-    if not (value >= 1 if isinstance(value, int) else value > 0):
-        raise InputError(
-            f"{name} must be at least 1, got {value}" if isinstance(value, int) else f"{name} must be above 0, got {value}"
-        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    counts = isinstance(value, int) and not isinstance(getattr(type(config), name, value), float)  # by the field's default
+    if not (value >= 1 if counts else 0 < value < math.inf):
+        raise InputError(f"{name} must be {'at least 1' if counts else 'above 0'}, got {value}")
 
 
 def _require_range(config: Any, name: str, low: float, high: float = math.inf) -> None:
