@@ -44,6 +44,7 @@ from textok_fast.inference.pipelines import (
     load_pipeline,
 )
 from textok_fast.inference.plan import Plan
+from textok_fast.interop.schedulers import PREDICTIONS, SCHEDULES, gaussian_noise
 from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, HUB_OPTIONS, PretrainedMixin, locate
@@ -354,8 +355,6 @@ _SAMPLER_OF = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
 }
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
 def _scheduler(pipeline: GenerationPipeline) -> Any:
@@ -363,8 +362,8 @@ def _scheduler(pipeline: GenerationPipeline) -> Any:
     if pipeline.objective == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler()
     about = {
-        "prediction_type": next(name for name, ours in _PREDICTIONS.items() if ours == pipeline.prediction),
-        "beta_schedule": next(name for name, ours in _SCHEDULES.items() if ours == pipeline.schedule),
+        "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == pipeline.prediction),
+        "beta_schedule": next(name for name, ours in SCHEDULES.items() if ours == pipeline.schedule),
         # It looks for a learned variance among the tokens: a loop of one's own takes the first d channels, as DiTPipeline.
         "variance_type": "fixed_small" if pipeline.generator.config.learn_sigma else "fixed_large",
     }
@@ -410,20 +409,13 @@ def _trained_with(scheduler: Any, learn_sigma: bool | None = None) -> tuple[Obje
             raise InputError(f"{name} here has {option} {wanted[option]!r}, got {config[option]!r}{hint}")
     if SAMPLERS[sampler] == "flow":
         return "flow", "epsilon", "linear"
-    if config.prediction_type not in _PREDICTIONS:
-        raise InputError(f"prediction_type is one of {', '.join(_PREDICTIONS)}, got {config.prediction_type!r}")
-    linear = (round(config.beta_start, 6), round(config.beta_end, 6)) == (1e-4, 0.02)
-    if config.beta_schedule not in _SCHEDULES or (config.beta_schedule == "linear" and not linear):
-        raise InputError(
-            f"noise is added linearly from 1e-4 to 0.02 or by squaredcos_cap_v2, got {config.beta_schedule} from "
-            f"{config.beta_start} to {config.beta_end}"
-        )
+    prediction, schedule = gaussian_noise({**config, "_class_name": name})
     # With a learned variance diffusers' loop leaves that out, and says fixed_small; a loop with it says learned_range.
     if sampler == "ddpm" and learn_sigma is not None:
         variances = ("fixed_small", "learned_range") if learn_sigma else ("fixed_large",)
         if config.variance_type not in variances:
             raise InputError(f"{name} here has variance_type {variances[-1]!r}, got {config.variance_type!r}")
-    return "gaussian", _PREDICTIONS[config.prediction_type], _SCHEDULES[config.beta_schedule]
+    return "gaussian", prediction, schedule
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------------------
@@ -547,7 +539,7 @@ class TexTokPipeline(DiffusionPipeline):
         parts = {part: vars(self).get(part) for part in ("transformer", "vae", "scheduler")}
         if name in parts and parts[name] is not None and value is not parts[name]:
             old = _trained_with(parts["scheduler"])
-            learn_sigma = parts["transformer"].dit.config.learn_sigma
+            learn_sigma = self.pipeline.generator.config.learn_sigma
             if name == "scheduler" and (new := _trained_with(value, learn_sigma)) != old:
                 raise InputError(f"this generator was trained as {' '.join(old)}, the scheduler is for {' '.join(new)}")
             if name != "scheduler":

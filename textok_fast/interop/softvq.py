@@ -268,6 +268,10 @@ class ContinuousTokenizer(nn.Module):
         self.num_latent_tokens, self.codebook_embed_dim = config.num_tokens, config.latent_dim
         self.vq_mean, self.vq_std = _one(config.latent_mean or (0.0,)), _one(config.latent_std or (1.0,))
 
+    def around(self, tokenizer: Any) -> ContinuousTokenizer:
+        """The same calls around another tokenizer, such as an engine of this one's."""
+        return ContinuousTokenizer(tokenizer)
+
     def encode(self, x: Tensor) -> tuple[Tensor, None, None]:
         """x (B, 3, S, S) -> latents (B, N, C), and None for the losses and the statistics that training has."""
         tokens = self.tokenizer.encode(x).as_subclass(Tensor)

@@ -201,11 +201,17 @@ class TiTok(nn.Module):
         tokenizer: a :class:`TexTok`, or an engine of one.
     """
 
+    picture_range = "unit"  # as TexTokImageProcessor calls [0, 1]
+
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.quantize_mode = "vae" if tokenizer.config.bottleneck == "kl" else "vq"
         self.num_latent_tokens = tokenizer.config.num_tokens
+
+    def around(self, tokenizer: Any) -> TiTok:
+        """The same calls around another tokenizer, such as an engine of this one's."""
+        return TiTok(tokenizer)
 
     @torch.no_grad()
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
