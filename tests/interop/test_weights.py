@@ -131,7 +131,7 @@ def test_files_that_are_not_what_they_claim(tmp_path: Path) -> None:
         (write("page.pt", page), "it is a web page"),
         (write("marked.pt", b"\xef\xbb\xbf" + page), "it is a web page"),
         (write("head.pt", b"\n <head><title>Sign in</title>"), "it is a web page"),
-        (write("answer.pt", b'{"error": "Unauthorized"}'), 'it is JSON, such as a server.s answer: {"error": "unauthorized"}'),
+        (write("answer.pt", b'{"error": "Unauthorized"}'), 'it is JSON, such as a server.s answer: {"error": "Unauthorized"}'),
         (write("raw.pt", pickle.dumps({"a": 1})), r"(?!.*weights_only).*nothing of it was run: it is no pickle of tensors"),
         (tmp_path / "program.pt", r"(?!.*weights_only).*it is a TorchScript program, which is not run"),
         (write("page.safetensors", page), "it is a web page"),
