@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from soft_weights import HEADS, soft_weights
+from torch import Tensor
+from torch.nn import functional as F
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop, ops
 from textok_fast.diffusion import GaussianDiffusion, build_process
@@ -197,6 +200,99 @@ def test_diffusers_own_file_of_our_model(tmp_path: Path) -> None:
     again = interop.load("diffusers-dit", tmp_path, frequency_shift=0)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
     torch.testing.assert_close(again(x, t, y), model(x, t, y), **CLOSE)
+
+
+def dit_weights(patch: int, outputs: int, size: int = 8) -> dict[str, Tensor]:
+    """A DiT of width 32, depth 2 and 4 channels in the authors' layout, of random numbers."""
+    width, rows = 32, {"attn.qkv": 96, "attn.proj": 32, "mlp.fc1": 128, "mlp.fc2": 32, "adaLN_modulation.1": 192}
+    shapes: dict[str, tuple[int, ...]] = {"x_embedder.proj": (width, 4, patch, patch)}
+    shapes |= {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
+    shapes |= {"final_layer.linear": (patch**2 * outputs, width), "final_layer.adaLN_modulation.1": (2 * width, width)}
+    for index in range(2):
+        shapes |= {f"blocks.{index}.{name}": (out, 128 if name == "mlp.fc2" else width) for name, out in rows.items()}
+    state = {f"{name}.weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    state |= {f"{name}.bias": 0.1 * torch.randn(shape[0]) for name, shape in shapes.items()}
+    return {
+        **state,
+        "pos_embed": torch.randn(1, (size // patch) ** 2, width),
+        "y_embedder.embedding_table.weight": torch.randn(6, 32),
+    }
+
+
+def dit_formula(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int = 4) -> Tensor:
+    """x (B, 4, S, S) through the formula of DiT's paper and code, over their names, in float64."""
+    state, x = {name: value.double() for name, value in state.items()}, x.double()
+
+    def linear(value: Tensor, name: str) -> Tensor:
+        return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def modulated(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(value, value.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    patch = state["x_embedder.proj.weight"].shape[-1]
+    grid = x.shape[-1] // patch
+    hidden = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=patch)
+    hidden = hidden.flatten(2).transpose(1, 2) + state["pos_embed"]
+    angles = t.double().unsqueeze(1) * torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
+    times = linear(F.silu(linear(torch.cat([angles.cos(), angles.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    condition = F.silu(times + state["y_embedder.embedding_table.weight"][y])
+    for index in range(2):
+        block = f"blocks.{index}"
+        values = linear(condition, f"{block}.adaLN_modulation.1").chunk(6, 1)
+        q, k, v = (
+            linear(modulated(hidden, *values[:2]), f"{block}.attn.qkv").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        mixed = ((q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        hidden = hidden + values[2].unsqueeze(1) * linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        inner = F.gelu(linear(modulated(hidden, *values[3:5]), f"{block}.mlp.fc1"), approximate="tanh")
+        hidden = hidden + values[5].unsqueeze(1) * linear(inner, f"{block}.mlp.fc2")
+    out = linear(modulated(hidden, *linear(condition, "final_layer.adaLN_modulation.1").chunk(2, 1)), "final_layer.linear")
+    out = out.unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, -1))
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), -1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("outputs", [4, 8])  # without and with learned variance
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+@torch.no_grad()
+def test_a_dit_of_each_patch_size_is_the_formula(patch: int, outputs: int) -> None:
+    size = 2 * patch if patch > 2 else 8
+    state = dit_weights(patch, outputs, size)
+    x, t, y = torch.randn(2, 4, size, size), torch.tensor([5, 900]), torch.tensor([3, 5])
+    wanted = dit_formula(state, x, t, y).float()
+    assert wanted.shape == (2, outputs, size, size)
+    model: Any = interop.load(None, state, heads=4)
+    assert (model.config.patch_size, model.config.input_size, model.config.learn_sigma) == (patch, size, outputs == 8)
+    torch.testing.assert_close(model(x, t, y), wanted, **CLOSE)
+    torch.testing.assert_close(Engine(model, Plan())(x, t, y), wanted, atol=2e-5, rtol=1e-4)
+    if outputs == 8:
+        without: Any = interop.load("dit", state, heads=4, learn_sigma=False)
+        torch.testing.assert_close(without(x, t, y), wanted[:, :4], **CLOSE)
+
+
+@pytest.mark.parametrize("guided", [0, 3, 4])
+@torch.no_grad()
+def test_guided_channels_are_the_formula(guided: int) -> None:
+    """e_u + s (e_c - e_u) in the first so many channels, in all of them for 0; the others, and variances, are the model's."""
+    state = dit_weights(2, 8)
+    x, labels, channels = torch.randn(2, 4, 8, 8), torch.tensor([1, 4]), guided or 4
+    t, y = torch.full((4,), 500), torch.cat([labels, torch.full((2,), 5)])
+    plain = dit_formula(state, torch.cat([x, x]), t, y)
+    conditional, null = plain.chunk(2)
+    wanted = plain.clone()
+    wanted[:, :channels] = (null + 4.0 * (conditional - null)).repeat(2, 1, 1, 1)[:, :channels]
+    assert (wanted - plain)[:2].abs().amax((0, 2, 3)).gt(1e-2).tolist() == [index < channels for index in range(8)]
+    model: Any = interop.load("dit", state, heads=4, guided_channels=guided)
+    torch.testing.assert_close(model.forward_with_cfg(torch.cat([x, x]), t, y, 4.0), wanted.float(), **CLOSE)
+    # One step of DDIM from its only time, 0, in the engine: x0 = (x - sqrt(1 - a) e) / sqrt(a), a of that time.
+    t = torch.zeros(4, dtype=torch.int64)
+    conditional, null = dit_formula(state, torch.cat([x, x]), t, y)[:, :4].chunk(2)
+    noise = conditional.clone()
+    noise[:, :channels] = (null + 4.0 * (conditional - null))[:, :channels]
+    a = 1 - 1e-4
+    made = Engine(model, Plan()).sample(
+        build_process("gaussian", True), labels=labels, noise=x, steps=1, guidance_scale=4.0, sampler="ddim", seeds=[0, 1]
+    )
+    torch.testing.assert_close(made, ((x - (1 - a) ** 0.5 * noise) / a**0.5).float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
