@@ -132,8 +132,8 @@ def _hint(file: Path) -> str:
             head = stream.read(512)
     except OSError:
         return ""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if re.match(rb"<(!doctype|!--|\?xml|html|head|body|title|meta|script)\b|<!--", text):
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.match(rb"<(!doctype|\?xml|html|head|body|title|meta|script)\b|<!--", text, re.IGNORECASE):
         return "it is a web page: the download needs another address or a login"
     if re.match(rb"[\[{]\s*[\"\[{\]}]", text):
         return f"it is JSON, such as a server's answer: {' '.join(text.decode(errors='replace').split())[:80]}"
