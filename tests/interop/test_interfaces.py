@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,7 +317,7 @@ def test_torch_hub(make_tokenizer: Make, tmp_path: Path, golden: Callable[[str],
     assert pipe(1, options=SamplingOptions(steps=1)).images.shape == (1, 16, 16, 3)
 
 
-def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple[str, Any]] = []
     kept: dict[str, str] = {}
 
@@ -326,6 +327,7 @@ def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.Monke
 
         def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
             kept.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
@@ -356,6 +358,12 @@ def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.Monke
         push_to_hub(around, "me/around", **about)
         assert set(kept) == {"README.md", "config.json", "model.safetensors"}
         assert f'interop.load(None, "me/around")  # {type(around).__name__}' in kept["README.md"]
+        assert isinstance(interop.load(None, tmp_path / "me/around"), type(around))
+        assert TexTok.from_pretrained(tmp_path / "me/around").config == model.config
+    noted = {"PSNR (dB)": 20.812345, "note": "held-out scenes"}
+    assert "| PSNR (dB) | 20.8123 |\n| note | held-out scenes |" in model_card(
+        model, name="me/x", licence="mit", data="-", metrics=noted
+    )
     with pytest.raises(InputError, match="got TiTok; of an engine"):
         push_to_hub(interop.TiTok(Engine(model, Plan())), "me/around", **about)
 

@@ -137,10 +137,9 @@ def _hint(file: Path) -> str:
         return "it is a web page: the download needs another address or a login"
     if re.match(rb"[\[{]\s*[\"\[{\]}]", text):
         return f"it is JSON, such as a server's answer: {' '.join(text.decode(errors='replace').split())[:80]}"
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "it is a TorchScript program, which is not run: save the tensors of its state_dict() alone"
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(file) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return "it is a TorchScript program, which is not run: save the tensors of its state_dict() alone"
     if text.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: `git lfs pull` fetches the file itself"
     return "it is empty" if not head else ""
