@@ -311,3 +311,18 @@ def test_defaults_survive_too() -> None:
     for kind in (TokenizerTrainConfig, GeneratorTrainConfig, DataConfig):
         assert from_mapping(kind, to_dict(kind())) == kind()
         assert [item.name for item in dataclasses.fields(kind)] == list(to_dict(kind()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("soft_temperature", 0, "soft_temperature must be above 0, got 0"),
+        ("soft_temperature", -0.5, "soft_temperature must be above 0, got -0.5"),
+        ("mlp_ratio", float("inf"), "mlp_ratio must be above 0, got inf"),
+        ("num_tokens", 0, "num_tokens must be at least 1, got 0"),
+        ("num_tokens", True, "num_tokens must be a number, got True"),
+    ],
+)
+def test_numbers_say_what_they_may_be(name: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TexTokConfig(**{name: value})

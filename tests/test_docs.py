@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from soft_weights import soft_weights
 
 from textok_fast import DiT, DiTConfig, TexTok, config, inference, interop
 from textok_fast.cli import _parse, main
@@ -125,9 +126,15 @@ def public(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     put("SoftVQVAE/sit-xl_softvq-l-32-512", "sit_1d")
     put("SoftVQVAE/dit-xl_softvq-l-64", "dit_1d")
     put("MAETok/sit-xl_maetok-b-128-512", "sit_1d")
-    # As many tokens and channels; a SoftVQ-VAE and a MAETok are in tests/interop.
-    for name in ("SoftVQVAE/softvq-l-32-512", "SoftVQVAE/softvq-l-64", "MAETok/maetok-b-512"):
-        put(name, "tatitok_vae")
+    released = {"rope": True, "decoder_class_token": False, "movq": True}  # as MAETok is
+    for name, soft, form in (
+        ("SoftVQVAE/softvq-l-32-512", True, {}),
+        ("SoftVQVAE/softvq-l-64", True, {}),
+        ("MAETok/maetok-b-512", False, released),
+    ):
+        (work / name).mkdir(parents=True)
+        save_file(soft_weights(soft, tokens=8, channels=6, **form), work / name / "model.safetensors")
+        (work / name / "config.json").write_text('{"config": {"vq_mean": 0.25, "vq_std": 0.5, "tau": 0.07}}')
     diffusers = pytest.importorskip("diffusers")
     layers: dict[str, Any] = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 256}
     layers |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -166,9 +173,15 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
     text = read("README.md", "Bring your own weights")
     rows = re.findall(r"^\| (.*?) \| .*? \| `(textok-fast convert .*?)` \|$", text, flags=re.MULTILINE)
     assert set(re.findall(r"`([\w-]+)`", "".join(kinds for kinds, _ in rows))) == set(interop.KINDS)
-    for _, line in rows:
+    wrappers = {"titok": interop.TiTok, "tatitok": interop.TiTok, "softvq": interop.ContinuousTokenizer}
+    for kinds, line in rows:
         convert, then = small(line)
         assert main(convert) == 0 and main(then) == 0, line
+        out = Path(convert[convert.index("--out") + 1])
+        if "--tokenizer" not in convert and (wrapper := wrappers.get(kinds.strip("`"))) is not None:
+            assert isinstance(interop.load(None, out), wrapper), line
+        if {"softvq", "maetok"} & set(re.findall(r"`([\w-]+)`", kinds)) and "--tokenizer" in convert:
+            assert isinstance(interop.load(None, out / "tokenizer"), interop.ContinuousTokenizer), line
     for line in blocks(text, "bash")[0].splitlines():
         assert main(small(line.replace("image_size=512", "image_size=64"))[0]) == 0, line
 

@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         required=True,
         help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet) or .tar shards, or shards/{000..009}.tar; "
-        "a tokenizer without text needs no captions",
+        "a tokenizer whose encoder reads no text needs no captions",
     )
     encode.add_argument("--out", type=Path, required=True)
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")

@@ -84,8 +84,8 @@ class TexTokConfig:
     text_positions: bool = False  # learned positions on the text tokens, as TA-TiTok; TexTok has a linear projection only
     text_split: str = ""  # non-empty: captions are cut here and encoded clause by clause, so that clauses are cached
     text_window: bool = False  # captions are padded to max_text_tokens and all of these count, as TA-TiTok
-    codebook_size: int = 4096  # vq
-    normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok
+    codebook_size: int = 4096  # vq, softvq
+    normalize_codes: bool = True  # vq: nearest code by cosine, as TiTok; softvq: latents and codes of norm 1
     fsq_levels: tuple[int, ...] = ()  # fsq; empty: chosen from latent_dim
     soft_codebooks: int = 1  # softvq: each serves an equal part of the tokens
     soft_temperature: float = 0.07  # softvq: of the assignment to codes
@@ -222,12 +222,13 @@ class DiTConfig:
     qk_norm: bool = False  # a LayerNorm over each head's queries and one over its keys
     guided_channels: int = 0  # guidance changes the first so many channels, 3 in the published DiT; 0: all
     frequency_shift: int = 0  # of t's sinusoids: the last frequency is period^(-1 + shift / 128); 1 in diffusers' DiT
+    mlp_norm_eps: float = 1e-6  # of the LayerNorm before a block's MLP; 1e-5 by default in diffusers' DiT; the others have 1e-6
     text_dim: int = 0
     image_token_dim: int = 0
     num_image_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_channels", "width", "depth", "heads", "mlp_ratio"):
+        for name in ("patch_size", "in_channels", "width", "depth", "heads", "mlp_ratio", "mlp_norm_eps"):
             _require_positive(self, name)
         for name in ("num_tokens", "input_size", "num_classes", "text_dim", "image_token_dim", "num_image_tokens"):
             _require_range(self, name, 0)
@@ -637,13 +638,12 @@ def _size_row(table: dict[str, dict[str, int]], size: str) -> dict[str, int]:
 
 
 def _require_positive(config: Any, name: str) -> None:
-    if not isinstance(getattr(config, name), (int, float)):
-        raise InputError(f"{name} must be a number, got {getattr(config, name)!r}")
     value = getattr(config, name)
-    if not (value >= 1 if isinstance(value, int) else value > 0):
-        raise InputError(
-            f"{name} must be at least 1, got {value}" if isinstance(value, int) else f"{name} must be above 0, got {value}"
-        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    counts = isinstance(value, int) and not isinstance(getattr(type(config), name, value), float)  # by the field's default
+    if not (value >= 1 if counts else 0 < value < math.inf):
+        raise InputError(f"{name} must be {'at least 1' if counts else 'above 0'}, got {value}")
 
 
 def _require_range(config: Any, name: str, low: float, high: float = math.inf) -> None:

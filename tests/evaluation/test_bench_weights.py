@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from soft_weights import HEADS, soft_weights
 
 from textok_fast import InputError, cli
 from textok_fast.evaluation import weights
@@ -26,8 +28,6 @@ GOLDEN = Path(__file__).parent.parent / "golden"
     ],
 )
 def test_every_call_in_every_form(name: str, heads: int, calls: set[str], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     stored = load_file(GOLDEN / f"{name}.safetensors")
     weights = {key[8:]: value for key, value in stored.items() if key.startswith("weights.")}
     save_file(weights, tmp_path / "foreign.safetensors")
@@ -111,3 +111,19 @@ def test_bad_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         WeightsConfig("x", precisions=("fp4",))
     assert cli.main(["bench", "weights", f"weights={tmp_path / 'no.pt'}"]) == 2
     assert "no weights at" in capsys.readouterr().err
+    (tmp_path / "pipe" / "generator").mkdir(parents=True)
+    (tmp_path / "pipe" / "pipeline.json").write_text("{}")
+    assert cli.main(["bench", "weights", f"weights={tmp_path / 'pipe'}"]) == 2
+    assert f"name one of its parts, such as {tmp_path / 'pipe'}/generator" in capsys.readouterr().err
+
+
+def test_what_weights_do_not_tell_is_a_setting(tmp_path: Path) -> None:
+    save_file(soft_weights(soft=True), tmp_path / "soft.safetensors")
+    common: dict[str, Any] = {"heads": HEADS, "rounds": 1, "precisions": ("fp32",), "device": "cpu"}
+    told = {"temperature": 0.5, "axial_theta": 100.0}
+    result = run_weights(WeightsConfig(str(tmp_path / "soft.safetensors"), **common, **told), command="test", progress=False)
+    assert {(row.call, row.form) for row in result.rows} == {
+        (call, form) for call in ("encode", "decode") for form in ("authors'", "engine")
+    }
+    with pytest.raises(InputError, match="temperature must be a number above 0, got 0"):
+        run_weights(WeightsConfig(str(tmp_path / "soft.safetensors"), **common, temperature=0), progress=False)

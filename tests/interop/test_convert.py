@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from soft_weights import HEADS, soft_weights
+from torch import Tensor
+from torch.nn import functional as F
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok, TexTokConfig, cli, interop, ops
 from textok_fast.diffusion import GaussianDiffusion, build_process
 from textok_fast.inference import Engine, Plan, SamplingOptions, load_pipeline
+from textok_fast.interop import schedulers
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -67,6 +72,99 @@ def test_our_own_directories_are_loaded_as_what_they_say(tmp_path: Path) -> None
 
 
 @torch.no_grad()
+def test_our_own_directories_are_converted_as_what_they_say(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    model = awake(guided_channels=2, time_scale=3.0)  # over patches, whose tensors alone look like a DiT over 1-D tokens
+    model.save_pretrained(tmp_path / "own")
+    report = interop.convert(None, tmp_path / "own", tmp_path / "again")
+    assert (report["kind"], report["class"], report["what"]) == ("own", "DiT", "a DiT in this library's format")
+    assert DiT.from_pretrained(tmp_path / "again").config == model.config
+    assert interop.convert("dit", tmp_path / "own", tmp_path / "said")["kind"] == "dit"
+    with pytest.raises(InputError, match="own is a DiT in this library's format, not titok"):
+        interop.convert("titok", tmp_path / "own", tmp_path / "no")
+    with pytest.raises(InputError, match="is in this library's format: leave out heads"):
+        interop.convert("dit", tmp_path / "own", tmp_path / "no", heads=2)
+    # A generator and a tokenizer that were converted before become a pipeline; the generator does not say how it was trained.
+    sit, _, config = golden("sit_1d")
+    interop.convert("sit-1d", sit, tmp_path / "sit", heads=config["num_heads"])
+    interop.convert("tatitok", golden("tatitok_vae")[0], tmp_path / "tatitok", heads=4)
+    with pytest.raises(InputError, match="sit does not say how it was trained: give the kind it was"):
+        interop.convert(None, tmp_path / "sit", tmp_path / "no", tmp_path / "tatitok")
+    with pytest.raises(InputError, match="tatitok is in this library's format: leave out tokenizer.heads"):
+        interop.convert("sit-1d", tmp_path / "sit", tmp_path / "no", tmp_path / "tatitok", tokenizer_options={"heads": 4})
+    with pytest.raises(InputError, match="tatitok is a TexTok in this library's format, not sit-1d"):
+        interop.convert("sit-1d", tmp_path / "tatitok", tmp_path / "no", tmp_path / "tatitok")
+    assert not (tmp_path / "no").exists()
+    report = interop.convert("sit-1d", tmp_path / "sit", tmp_path / "pipe", tmp_path / "tatitok")
+    assert report["tokenizer"] == "a TiTok in this library's format"
+    pipe = load_pipeline(tmp_path / "pipe")
+    wanted = interop.load("sit-1d", sit, heads=config["num_heads"]).state_dict()
+    assert pipe.objective == "flow" and all(
+        torch.equal(value, wanted[key]) for key, value in pipe.generator.state_dict().items()
+    )
+    assert isinstance(interop.load(None, tmp_path / "pipe" / "tokenizer"), interop.TiTok)
+    with pytest.raises(InputError, match="pipe is a pipeline of this library: name one of its parts, such as .*pipe/generator"):
+        interop.convert(None, tmp_path / "pipe", tmp_path / "no")
+
+
+def test_the_weights_themselves_are_not_overwritten(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    sit, titok = golden("sit_1d")[0], golden("tatitok_vae")[0]
+    for name, weights in (("sit", sit), ("p/tokenizer", titok)):
+        (tmp_path / name).mkdir(parents=True)
+        save_file(weights, tmp_path / name / "model.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "sit")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    for source in (tmp_path / "sit", tmp_path / "sit" / "model.safetensors"):
+        for out in (tmp_path / "sit", tmp_path / "link", tmp_path / "p" / ".." / "sit"):
+            with pytest.raises(InputError, match="would overwrite files beside the weights in .*: choose another directory"):
+                interop.convert("sit-1d", source, out, heads=4)
+    with pytest.raises(InputError, match="p would overwrite files beside the weights in .*tokenizer"):
+        interop.convert(
+            "sit-1d", tmp_path / "sit", tmp_path / "p", tmp_path / "p" / "tokenizer", heads=4, tokenizer_options={"heads": 4}
+        )
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("registers", [0, 1])
+@torch.no_grad()
+def test_a_maetok_keeps_its_calls(registers: int, tmp_path: Path) -> None:
+    state = soft_weights(soft=False, registers=registers)
+    if not registers:  # nor a class token: nothing in the model says that it is no TexTok
+        for side in ("encoder", "decoder"):
+            del state[f"{side}.model.cls_token"]
+            state[f"{side}.model.pos_embed"] = state[f"{side}.model.pos_embed"][:, 1:]
+    peer: Any = interop.load("maetok", state, heads=HEADS)
+    assert interop.convert("maetok", state, tmp_path / "own", heads=HEADS)["class"] == "TexTok"
+    interop.convert(None, tmp_path / "own", tmp_path / "again")
+    images = torch.rand(1, 3, 12, 12) * 2 - 1
+    for name in ("own", "again"):
+        loaded: Any = interop.load(None, tmp_path / name)
+        assert isinstance(loaded, interop.ContinuousTokenizer)
+        assert torch.equal(loaded.decode(loaded.encode(images)[0]), peer.decode(peer.encode(images)[0]))
+        assert TexTok.from_pretrained(tmp_path / name).config == peer.tokenizer.config
+
+
+@pytest.mark.parametrize("kind", ["softvq", "maetok"])
+@torch.no_grad()
+def test_a_continuous_tokenizer_behind_its_generator(golden: Callable[[str], Any], tmp_path: Path, kind: str) -> None:
+    """Pictures are the peers': samples x vq_std + vq_mean, decoded."""
+    sit, _, config = golden("sit_1d")
+    movq = {} if kind == "softvq" else {"rope": True, "decoder_class_token": False, "movq": True}
+    (tmp_path / kind).mkdir()
+    save_file(soft_weights(kind == "softvq", tokens=8, channels=6, **movq), tmp_path / kind / "model.safetensors")
+    (tmp_path / kind / "config.json").write_text(json.dumps({"config": {"vq_mean": 0.25, "vq_std": 0.5}}))
+    out = tmp_path / "pipe"
+    interop.convert(None, sit, out, tmp_path / kind, heads=config["num_heads"], tokenizer_options={"heads": HEADS})
+    peer: Any = interop.load(kind, tmp_path / kind, heads=HEADS)
+    options = SamplingOptions("sde", steps=3, guidance_scale=1.75, guidance_interval=(0.0, 0.7))
+    for plan in (None, Plan()):
+        made = load_pipeline(out, plan=plan)([7, 8], seed=0, options=options, output="float")  # type: ignore[list-item]
+        wanted = peer.decode(made.tokens * peer.vq_std + peer.vq_mean).clamp(-1, 1)
+        torch.testing.assert_close(made.images, wanted, atol=1e-4, rtol=1e-4)
+    assert isinstance(interop.load(None, out / "tokenizer"), interop.ContinuousTokenizer)
+
+
+@torch.no_grad()
 def test_a_converted_tokenizer_keeps_its_calls(golden: Callable[[str], Any], tmp_path: Path) -> None:
     weights = golden("titok_vq")[0]
     interop.convert("titok", weights, tmp_path / "titok", num_heads=4)
@@ -102,6 +200,99 @@ def test_diffusers_own_file_of_our_model(tmp_path: Path) -> None:
     again = interop.load("diffusers-dit", tmp_path, frequency_shift=0)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
     torch.testing.assert_close(again(x, t, y), model(x, t, y), **CLOSE)
+
+
+def dit_weights(patch: int, outputs: int, size: int = 8) -> dict[str, Tensor]:
+    """A DiT of width 32, depth 2 and 4 channels in the authors' layout, of random numbers."""
+    width, rows = 32, {"attn.qkv": 96, "attn.proj": 32, "mlp.fc1": 128, "mlp.fc2": 32, "adaLN_modulation.1": 192}
+    shapes: dict[str, tuple[int, ...]] = {"x_embedder.proj": (width, 4, patch, patch)}
+    shapes |= {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
+    shapes |= {"final_layer.linear": (patch**2 * outputs, width), "final_layer.adaLN_modulation.1": (2 * width, width)}
+    for index in range(2):
+        shapes |= {f"blocks.{index}.{name}": (out, 128 if name == "mlp.fc2" else width) for name, out in rows.items()}
+    state = {f"{name}.weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    state |= {f"{name}.bias": 0.1 * torch.randn(shape[0]) for name, shape in shapes.items()}
+    return {
+        **state,
+        "pos_embed": torch.randn(1, (size // patch) ** 2, width),
+        "y_embedder.embedding_table.weight": torch.randn(6, 32),
+    }
+
+
+def dit_formula(state: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int = 4) -> Tensor:
+    """x (B, 4, S, S) through the formula of DiT's paper and code, over their names, in float64."""
+    state, x = {name: value.double() for name, value in state.items()}, x.double()
+
+    def linear(value: Tensor, name: str) -> Tensor:
+        return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def modulated(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(value, value.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    patch = state["x_embedder.proj.weight"].shape[-1]
+    grid = x.shape[-1] // patch
+    hidden = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=patch)
+    hidden = hidden.flatten(2).transpose(1, 2) + state["pos_embed"]
+    angles = t.double().unsqueeze(1) * torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
+    times = linear(F.silu(linear(torch.cat([angles.cos(), angles.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    condition = F.silu(times + state["y_embedder.embedding_table.weight"][y])
+    for index in range(2):
+        block = f"blocks.{index}"
+        values = linear(condition, f"{block}.adaLN_modulation.1").chunk(6, 1)
+        q, k, v = (
+            linear(modulated(hidden, *values[:2]), f"{block}.attn.qkv").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        mixed = ((q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        hidden = hidden + values[2].unsqueeze(1) * linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        inner = F.gelu(linear(modulated(hidden, *values[3:5]), f"{block}.mlp.fc1"), approximate="tanh")
+        hidden = hidden + values[5].unsqueeze(1) * linear(inner, f"{block}.mlp.fc2")
+    out = linear(modulated(hidden, *linear(condition, "final_layer.adaLN_modulation.1").chunk(2, 1)), "final_layer.linear")
+    out = out.unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, -1))
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), -1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("outputs", [4, 8])  # without and with learned variance
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+@torch.no_grad()
+def test_a_dit_of_each_patch_size_is_the_formula(patch: int, outputs: int) -> None:
+    size = 2 * patch if patch > 2 else 8
+    state = dit_weights(patch, outputs, size)
+    x, t, y = torch.randn(2, 4, size, size), torch.tensor([5, 900]), torch.tensor([3, 5])
+    wanted = dit_formula(state, x, t, y).float()
+    assert wanted.shape == (2, outputs, size, size)
+    model: Any = interop.load(None, state, heads=4)
+    assert (model.config.patch_size, model.config.input_size, model.config.learn_sigma) == (patch, size, outputs == 8)
+    torch.testing.assert_close(model(x, t, y), wanted, **CLOSE)
+    torch.testing.assert_close(Engine(model, Plan())(x, t, y), wanted, atol=2e-5, rtol=1e-4)
+    if outputs == 8:
+        without: Any = interop.load("dit", state, heads=4, learn_sigma=False)
+        torch.testing.assert_close(without(x, t, y), wanted[:, :4], **CLOSE)
+
+
+@pytest.mark.parametrize("guided", [0, 3, 4])
+@torch.no_grad()
+def test_guided_channels_are_the_formula(guided: int) -> None:
+    """e_u + s (e_c - e_u) in the first so many channels, in all of them for 0; the others, and variances, are the model's."""
+    state = dit_weights(2, 8)
+    x, labels, channels = torch.randn(2, 4, 8, 8), torch.tensor([1, 4]), guided or 4
+    t, y = torch.full((4,), 500), torch.cat([labels, torch.full((2,), 5)])
+    plain = dit_formula(state, torch.cat([x, x]), t, y)
+    conditional, null = plain.chunk(2)
+    wanted = plain.clone()
+    wanted[:, :channels] = (null + 4.0 * (conditional - null)).repeat(2, 1, 1, 1)[:, :channels]
+    assert (wanted - plain)[:2].abs().amax((0, 2, 3)).gt(1e-2).tolist() == [index < channels for index in range(8)]
+    model: Any = interop.load("dit", state, heads=4, guided_channels=guided)
+    torch.testing.assert_close(model.forward_with_cfg(torch.cat([x, x]), t, y, 4.0), wanted.float(), **CLOSE)
+    # One step of DDIM from its only time, 0, in the engine: x0 = (x - sqrt(1 - a) e) / sqrt(a), a of that time.
+    t = torch.zeros(4, dtype=torch.int64)
+    conditional, null = dit_formula(state, torch.cat([x, x]), t, y)[:, :4].chunk(2)
+    noise = conditional.clone()
+    noise[:, :channels] = (null + 4.0 * (conditional - null))[:, :channels]
+    a = 1 - 1e-4
+    made = Engine(model, Plan()).sample(
+        build_process("gaussian", True), labels=labels, noise=x, steps=1, guidance_scale=4.0, sampler="ddim", seeds=[0, 1]
+    )
+    torch.testing.assert_close(made, ((x - (1 - a) ** 0.5 * noise) / a**0.5).float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -151,6 +342,24 @@ def test_normalized_queries_and_keys(tokens: int) -> None:
     torch.testing.assert_close(attention(hidden), wanted, **CLOSE)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.to("meta"), "x_embedder.proj.weight is on the meta device, where it has no values"),
+        (lambda value: value.long(), "x_embedder.proj.weight is int64, wanted floats"),
+        (lambda value: value.to(torch.complex64), "x_embedder.proj.weight is complex64, wanted floats"),
+        (lambda value: value * float("nan"), "x_embedder.proj.weight contains NaN or infinity"),
+    ],
+)
+def test_values_that_are_no_weights_are_named(golden: Callable[[str], Any], change: Any, message: str) -> None:
+    weights = golden("dit_2d")[0]
+    key = "x_embedder.proj.weight"
+    with pytest.raises(InputError, match=message):
+        interop.load("dit", {**weights, key: change(weights[key])}, heads=4)
+    half: Any = interop.load("dit", {name: value.half() for name, value in weights.items()}, heads=4)
+    assert half.x_embedder.weight.dtype == torch.float32
+
+
 def test_wrong_kinds_and_options_are_named(golden: Callable[[str], Any]) -> None:
     weights, _, config = golden("dit_2d")
     with pytest.raises(InputError, match="unknown kind of weights 'pixart'; known: dit, diffusers-dit"):
@@ -174,6 +383,21 @@ def test_wrong_kinds_and_options_are_named(golden: Callable[[str], Any]) -> None
             interop.load("dit", nothing)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="sd-vae has no option 'heads'; it has image_size"):
         interop.load("sd-vae", {"decoder.mid_block.resnets.0.conv1.weight": torch.zeros(1)}, heads=2)
+    for kind, name in (("titok", "tatitok_vq"), ("tatitok", "titok_vq")):
+        with pytest.raises(InputError, match=f"looks like {name.split('_')[0]} .*, not like {kind}"):
+            interop.load(kind, golden(name)[0], heads=4)
+    with pytest.raises(InputError, match="heads and num_heads are the same: give one of them"):
+        interop.load("dit", weights, heads=4, num_heads=2)
+    for option, value, wanted in (
+        ("guided_channels", "3", "a whole number"),
+        ("guided_channels", True, "a whole number"),
+        ("learn_sigma", "no", "true or false"),
+        ("time_scale", "x", "a number"),
+    ):
+        with pytest.raises(InputError, match=f"^{option} is {wanted}, got {value!r}$"):
+            interop.load("dit", weights, heads=4, **{option: value})
+    with pytest.raises(InputError, match="normalize_codes is true or false, got 'false'"):
+        interop.load("titok", golden("titok_vq")[0], heads=4, normalize_codes="false")
     with pytest.raises(InputError, match="the given state dict: .* missing y_embedder.embedding_table.weight"):
         interop.load("dit", {key: value for key, value in weights.items() if "y_embedder" not in key})
 
@@ -210,12 +434,13 @@ def test_heads_are_what_normalized_queries_tell() -> None:
 
 
 @torch.no_grad()
-def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eps", [{}, {"norm_eps": 1e-6}, {"norm_eps": 0.1}])  # diffusers' default is 1e-5, DiT's 1e-6
+def test_diffusers_dit_both_ways(tmp_path: Path, eps: dict[str, float]) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     peer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=5, norm_eps=1e-6,
+        num_embeds_ada_norm=5, **eps,
     ).eval()  # fmt: skip
     for block in peer.transformer_blocks[1:]:  # as the published weights were converted: one embedder, in every block
         block.norm1.emb.load_state_dict(peer.transformer_blocks[0].norm1.emb.state_dict())
@@ -225,7 +450,9 @@ def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
     wanted = peer(x, t, y, return_dict=False)[0]
     torch.testing.assert_close(model(x, t, y), wanted, **CLOSE)
     torch.testing.assert_close(Engine(model, Plan())(x, t, y), wanted, atol=2e-5, rtol=1e-4)
-    assert model.config.guided_channels == 3
+    assert model.config.guided_channels == 3 and model.config.mlp_norm_eps == peer.config.norm_eps
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(DiT.from_pretrained(tmp_path / "own")(x, t, y), model(x, t, y))
     back = interop.to_diffusers_dit(model)
     torch.testing.assert_close(back(x, t, y, return_dict=False)[0], wanted, **CLOSE)
     ours = awake()
@@ -234,6 +461,11 @@ def test_diffusers_dit_both_ways(tmp_path: Path) -> None:
     peer.save_pretrained(tmp_path / "uneven")
     with pytest.raises(InputError, match=r"blocks.1.norm1.emb.class_embedder.embedding_table.weight differs from block 0's"):
         interop.load("diffusers-dit", tmp_path / "uneven")
+    about = json.loads((tmp_path / "peer" / "config.json").read_text())
+    for name, value in (("activation_fn", "gelu"), ("norm_type", "ada_norm")):
+        (tmp_path / "peer" / "config.json").write_text(json.dumps({**about, name: value}))
+        with pytest.raises(InputError, match=f"a DiT has {name} '.*', got '{value}'"):
+            interop.load("diffusers-dit", tmp_path / "peer")
     with pytest.raises(InputError, match="2-D patches with class labels"):
         interop.to_diffusers_dit(awake(num_tokens=4, input_size=0, patch_size=1))
     with pytest.raises(InputError, match="no config.json"):
@@ -374,6 +606,93 @@ def test_diffusers_own_pipeline_is_one_directory(tmp_path: Path) -> None:
         interop.load(None, tmp_path / "hub")
 
 
+def hub_pipeline(directory: Path, scheduler: Any, names: dict[str, str] | None = None) -> Path:
+    """A directory that diffusers' DiTPipeline saved, of a small model."""
+    diffusers = pytest.importorskip("diffusers")
+    transformer: Any = interop.to_diffusers_dit(awake(frequency_shift=1))
+    diffusers.DiTPipeline(transformer, small_vae(), scheduler, names).save_pretrained(directory)
+    if names is not None:  # as facebook/DiT-XL-2-256 has them
+        index = json.loads((directory / "model_index.json").read_text())
+        (directory / "model_index.json").write_text(json.dumps({**index, "id2label": names}))
+    return directory
+
+
+@pytest.mark.parametrize("by_parts", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("DDIMScheduler", {}, ("epsilon", "linear")),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("v", "linear")),
+        ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}, ("x0", "cosine")),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, ("epsilon", "linear")),  # its sampling is not ours
+    ],
+)
+def test_a_pipelines_scheduler_says_how_it_was_trained(
+    tmp_path: Path, name: str, options: dict[str, Any], wanted: tuple[str, str], by_parts: bool
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    hub = hub_pipeline(tmp_path / "hub", getattr(diffusers, name)(**options))
+    weights, tokenizer = (hub / "transformer", hub / "vae") if by_parts else (hub, None)
+    interop.convert(None, weights, tmp_path / "own", tokenizer)
+    pipe = load_pipeline(tmp_path / "own")
+    assert (pipe.prediction, pipe.schedule) == wanted
+    interop.convert(None, weights, tmp_path / "said", tokenizer, schedule="cosine")
+    assert load_pipeline(tmp_path / "said").schedule == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DDIMScheduler", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "got scaled_linear"),
+        ("DDIMScheduler", {"beta_end": 0.012}, "from 0.0001 to 0.012"),
+        ("DDIMScheduler", {"num_train_timesteps": 500}, "got linear in 500"),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "with rescale_betas_zero_snr"),
+        ("DDPMScheduler", {"trained_betas": [0.1] * 1000}, "with trained_betas"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "FlowMatchEulerDiscreteScheduler is a flow's"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "is a flow's"),
+    ],
+)
+def test_noise_that_is_not_known_is_refused(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    (tmp_path / "hub" / "transformer").mkdir(parents=True)
+    getattr(diffusers, name)(**options).save_pretrained(tmp_path / "hub" / "scheduler")
+    hub = tmp_path / "hub"
+    with pytest.raises(InputError, match=message):
+        schedulers.gaussian_noise(schedulers.read_scheduler(hub) or {})
+    if name == "DDIMScheduler":
+        model: Any = interop.to_diffusers_dit(awake(frequency_shift=1))
+        model.save_pretrained(hub / "transformer")
+        small_vae().save_pretrained(hub / "vae")
+        (hub / "model_index.json").write_text("{}")
+        with pytest.raises(InputError, match=message):
+            interop.convert(None, hub, tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+    (hub / "scheduler" / "scheduler_config.json").write_text("<html>")
+    with pytest.raises(InputError, match="cannot read .*scheduler_config.json"):
+        schedulers.read_scheduler(hub)
+
+
+@torch.no_grad()
+def test_the_names_of_classes_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    names = {"0": "tench, Tinca tinca", "1": "crane", "3": "crane, heron", "4": "hen"}
+    hub = hub_pipeline(tmp_path / "hub", diffusers.DDIMScheduler(), names)
+    theirs = diffusers.DiTPipeline.from_pretrained(hub)
+    interop.convert(None, hub, tmp_path / "own")
+    pipe: Any = load_pipeline(tmp_path / "own")
+    assert pipe.label_names == ["tench, Tinca tinca", "crane", "2", "crane, heron", "hen"]
+    for name in ("tench", "Tinca tinca", "hen", "heron"):
+        assert [pipe.label_index(name)] == theirs.get_label_ids([name])
+    assert pipe.label_index("tench, Tinca tinca") == 0 and pipe.label_index("crane") == 1 and pipe.label_index("2") == 2
+    sample = ["sample", "--model", str(tmp_path / "own"), "--label", "Tinca tinca", "--steps", "2", "--device", "cpu"]
+    assert cli.main([*sample, "--out", str(tmp_path / "pictures")]) == 0
+    assert cli.main([*sample[:4], "cod", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "more")]) == 2
+    assert "no class 'cod'; known: tench, Tinca tinca, crane" in capsys.readouterr().err
+    pipe.label_names = ["crane, machine", "crane, bird"]
+    with pytest.raises(InputError, match="the classes 0, 1 are called 'crane': give an index"):
+        pipe.label_index("crane")
+
+
 def test_what_an_sd_vae_does_not_decode_is_refused(golden: Callable[[str], Any], tmp_path: Path) -> None:
     dit, sit, titok = golden("dit_2d")[0], golden("sit_1d")[0], golden("titok_vq")[0]
     small_vae().save_pretrained(tmp_path / "vae")
@@ -393,6 +712,17 @@ def test_what_an_sd_vae_does_not_decode_is_refused(golden: Callable[[str], Any],
         interop.convert("dit", dit, out, dit, **heads, tokenizer_options=heads)
     with pytest.raises(InputError, match="have a multiple of 2 pixels, got image_size=15"):
         interop.load("sd-vae", tmp_path / "vae", image_size=15)
+    with pytest.raises(InputError, match="image_size is a whole number of pixels, got 'big'"):
+        interop.load("sd-vae", tmp_path / "vae", image_size="big")
+    with pytest.raises(InputError, match="the generator says of which size its pictures are: leave tokenizer.image_size out"):
+        interop.convert("dit", dit, out, tmp_path / "vae", **heads, tokenizer_options={"image_size": 48})
+    for given, options in (("schedule", {"schedule": "linear"}), ("tokenizer.heads", {"tokenizer_options": heads})):
+        with pytest.raises(InputError, match=f"^{given} is for a pipeline: give the tokenizer"):
+            interop.convert("dit", dit, out, **heads, **options)
+    about = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**about, "down_block_types": ["NoBlock2D"] * 2}))
+    with pytest.raises(InputError, match="this is no configuration of an AutoencoderKL: .*NoBlock2D"):
+        interop.load("sd-vae", tmp_path / "other")
     assert not out.exists()
     assert interop.convert(None, tmp_path / "vae", out, image_size=48)["kind"] == "sd-vae"
     assert json.loads((out / "config.json").read_text())["sample_size"] == 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,34 @@ def test_one_format_for_both_classes(make_tokenizer: Make, tmp_path: Path) -> No
         vae.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(InputError, match="goes around a TexTok, got DiT"):
         AutoencoderTexTok.from_textok(DiT(DiTConfig(num_tokens=3, width=32, depth=1, heads=2)))
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_configs_make_models_and_averages(make_tokenizer: Make, tmp_path: Path, part: str) -> None:
+    """``from_config`` of a config and of a saved one, and diffusers' EMAModel, which goes through both."""
+    from diffusers.training_utils import EMAModel
+
+    model: Any = getattr(pipeline(make_tokenizer), part)
+    model.save_pretrained(tmp_path / "saved")
+    for config in (model.config, model.load_config(tmp_path / "saved"), tmp_path / "saved"):
+        made, unused = type(model).from_config(config, return_unused_kwargs=True)
+        assert made.config.textok == model.config.textok and unused == {}
+        assert {name: value.shape for name, value in made.state_dict().items()} == {
+            name: value.shape for name, value in model.state_dict().items()
+        }
+    average = EMAModel(model.parameters(), decay=0.5, use_ema_warmup=True, model_cls=type(model), model_config=model.config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    average.step(model.parameters())
+    average.step(model.parameters())
+    average.save_pretrained(tmp_path / "ema")
+    again = EMAModel.from_pretrained(tmp_path / "ema", type(model))
+    assert (again.optimization_step, again.decay, again.use_ema_warmup) == (2, 0.5, True)
+    for one, other in zip(again.shadow_params, average.shadow_params, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(InputError, match="wanted the config of a"):
+        type(model).from_config({"model_type": "another", "width": 8})
 
 
 class Hub:
@@ -379,14 +408,70 @@ def test_schedulers_pick_the_sampler(make_tokenizer: Make) -> None:
         assert torch.equal(found, pipe(generator=seeded(), sampler="ddpm", **options).images) is (sampler == "ddpm")
     for scheduler, message in (
         (diffusers.FlowMatchEulerDiscreteScheduler(), "trained as gaussian epsilon linear, the scheduler is for flow"),
-        (diffusers.DDPMScheduler(prediction_type="v_prediction"), "the scheduler is for gaussian v linear"),
-        (diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012), "from 0.00085 to 0.012"),
+        (diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample=False), "the scheduler is for gaussian v linear"),
+        (diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False), "from 0.00085 to 0.012"),
         (diffusers.EulerDiscreteScheduler(), "no sampler here is EulerDiscreteScheduler's"),
-        (diffusers.DPMSolverMultistepScheduler(solver_order=3), "order 2, got dpmsolver\\+\\+ of 3"),
     ):
         with pytest.raises(InputError, match=message):
             pipe.scheduler = scheduler
     assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        *(("DDIMScheduler", option, True) for option in ("rescale_betas_zero_snr", "thresholding", "clip_sample")),
+        ("DDIMScheduler", "trained_betas", [0.1] * 1000),
+        ("DDIMScheduler", "set_alpha_to_one", False),
+        ("DDIMScheduler", "num_train_timesteps", 500),
+        ("DPMSolverMultistepScheduler", "solver_order", 3),
+        ("DPMSolverMultistepScheduler", "algorithm_type", "sde-dpmsolver++"),
+        ("DPMSolverMultistepScheduler", "solver_type", "heun"),
+        *(("DPMSolverMultistepScheduler", f"use_{sigmas}", True) for sigmas in ("karras_sigmas", "lu_lambdas", "beta_sigmas")),
+        ("UniPCMultistepScheduler", "solver_order", 3),
+        ("UniPCMultistepScheduler", "solver_type", "bh1"),
+        ("UniPCMultistepScheduler", "disable_corrector", [0]),
+        ("UniPCMultistepScheduler", "predict_x0", False),
+        ("UniPCMultistepScheduler", "use_flow_sigmas", True),
+        ("UniPCMultistepScheduler", "prediction_type", "flow_prediction"),
+        ("FlowMatchEulerDiscreteScheduler", "shift", 3.0),
+        ("FlowMatchEulerDiscreteScheduler", "stochastic_sampling", True),
+        ("FlowMatchHeunDiscreteScheduler", "shift", 3.0),
+    ],
+)
+def test_schedulers_that_no_sampler_here_is(make_tokenizer: Make, name: str, option: str, value: Any) -> None:
+    """What would be ignored is refused, where a pipeline is made and where its scheduler is replaced; spacing is not that."""
+    pipe = pipeline(make_tokenizer, flow=name.startswith("Flow"))
+    cls, old = getattr(diffusers, name), pipe.scheduler.config
+    spaced = {} if name.startswith("Flow") else {"timestep_spacing": "trailing", "steps_offset": 1}
+    pipe.scheduler = usual = cls.from_config(old, **spaced)
+    scheduler = cls.from_config(usual.config, **{option: value})
+    for given in (lambda: setattr(pipe, "scheduler", scheduler), lambda: TexTokPipeline(pipe.transformer, pipe.vae, scheduler)):
+        with pytest.raises(InputError, match="is a flow's" if value == "flow_prediction" else option):
+            given()
+    assert pipe.scheduler is usual
+
+
+def test_the_variance_of_ddpm(make_tokenizer: Make) -> None:
+    """A learned one is what a loop of diffusers' leaves out; without, the sampler here has the larger one."""
+    learned = pipeline(make_tokenizer)
+    inner = learned.pipeline
+    dit = DiT(dataclasses.replace(inner.generator.config, learn_sigma=False))
+    plain = TexTokPipeline.from_textok(TextToImagePipeline(dit, inner.tokenizer))
+    for pipe, known, other in ((learned, "learned_range", "fixed_large"), (plain, "fixed_large", "fixed_small")):
+        config = pipe.scheduler.config
+        pipe.scheduler = diffusers.DDPMScheduler.from_config(config, variance_type=known)
+        with pytest.raises(InputError, match=f"has variance_type '{known}', got '{other}'"):
+            pipe.scheduler = diffusers.DDPMScheduler.from_config(config, variance_type=other)
+
+
+def test_clipping_is_left_to_pixels(make_tokenizer: Make) -> None:
+    """diffusers' own default clamps data to [-1, 1], which latents are not within: that is said, not left out."""
+    pipe = pipeline(make_tokenizer)
+    with pytest.raises(InputError, match=r"DDIMScheduler.from_config\(pipe.scheduler.config\)"):
+        pipe.scheduler = diffusers.DDIMScheduler()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    assert not pipe.scheduler.config.clip_sample
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -563,6 +648,43 @@ def test_calls_as_people_write_them(make_tokenizer: Make, monkeypatch: pytest.Mo
     pipe.disable_vae_slicing()
     pipe(CAPTIONS, num_inference_steps=1)
     assert sizes == [1, 1, 2]
+
+
+@torch.no_grad()
+def test_where_a_dit_pipeline_is_called(tmp_path: Path) -> None:
+    """The arguments by position, the default guidance, the names of classes and the pictures are DiTPipeline's."""
+    sizes: dict[str, Any] = {"input_size": 4, "patch_size": 2, "in_channels": 4, "width": 32, "depth": 2, "heads": 2}
+    dit = DiT(DiTConfig(**sizes, frequency_shift=1, mlp_norm_eps=1e-5)).eval()
+    for parameter in dit.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=8, **blocks
+    ).eval()
+    names = {0: "tench, Tinca tinca", 1: "hen", 2: "crane", 3: "crane"}
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    theirs = diffusers.DiTPipeline(interop.to_diffusers_dit(dit), vae, scheduler, id2label=names)
+    ours = TexTokPipeline(TexTokTransformer.from_textok(dit), vae, scheduler, label_names=[*names.values()])
+    for each in (theirs, ours):
+        each.set_progress_bar_config(disable=True)
+    assert ours.labels == theirs.labels and list(ours.labels) == list(theirs.labels)
+    words = ["hen", "Tinca tinca", "crane"]
+    labels = theirs.get_label_ids(words)
+    assert ours.get_label_ids(words) == labels == [1, 0, 3]
+    noise = torch.randn(3, 4, 4, 4, generator=seeded())  # what DiTPipeline draws
+    for arguments in ((), (1.5,), (6.0, seeded(), 10, "np", False)):
+        named: dict[str, Any] = {} if len(arguments) > 1 else {"num_inference_steps": 10, "output_type": "np"}
+        wanted = theirs(labels, *arguments, **({} if len(arguments) > 1 else {"generator": seeded()}), **named)
+        found = ours(labels, *arguments, latents=noise, **named)
+        one, other = (given[0] if isinstance(given, tuple) else given.images for given in (found, wanted))
+        assert isinstance(found, tuple) is isinstance(wanted, tuple)
+        assert abs(one - other).max() < 0.51 / 255 + 1e-3 and other.std() > 0.01
+    assert ours.guidance_scale == 6.0
+    for bad, named in (((4.0,), {"guidance_scale": 3.0}), ((4.0, None, 2, "np", True, 1), {})):
+        with pytest.raises(InputError, match="by position go guidance_scale, generator"):
+            ours(labels, *bad, **named)
+    with pytest.raises(InputError, match="no class 'dog'"):
+        ours.get_label_ids(["hen", "dog"])
 
 
 def test_callback_classes_of_diffusers(make_tokenizer: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,9 +212,30 @@ def test_the_image_processor(make_tokenizer: Make, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     assert TexTokImageProcessor.from_pretrained(tmp_path).size == {"height": 16, "width": 16}
     assert TexTokImageProcessor.of(model.save_pretrained(tmp_path / "model")).size == {"height": 16, "width": 16}
-    for bad, message in (([], "got no pictures"), (np.zeros((4, 4, 3)), "float64"), ([3], "a picture is a PIL image")):
+    (tmp_path / "note.png").write_text("no picture")
+    for bad, message in (
+        ([], "got no pictures"),
+        (np.zeros((4, 4, 3)), "float64"),
+        ([3], "a picture is a PIL image"),
+        (3, "one or several, got int"),
+        (None, "got NoneType"),
+        (str(tmp_path / "nothing.png"), "cannot read .*nothing.png as a picture: .*No such file"),
+        ([tmp_path / "note.png"], "cannot read .*note.png as a picture: cannot identify"),
+    ):
         with pytest.raises(InputError, match=message):
             processor.preprocess(bad)
+    for size in (0, -3, True, "big", 16.5, {"height": 16, "width": 8}, {"depth": 16}, {}):
+        with pytest.raises(InputError, match="size must be S or"):
+            TexTokImageProcessor(size)
+    decoded = model.decode(tokens)
+    for one in (decoded[0], decoded, decoded[0].numpy(), model.decode(tokens, output="uint8")[0]):  # without its batch, too
+        (picture,) = processor.post_process(one)
+        assert np.array_equal(np.asarray(picture), np.asarray(pictures[0]))
+    for other in (torch.zeros(16, 16), torch.zeros(1, 4, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.int64), [1]):
+        with pytest.raises(InputError, match=r"pictures are float \(B, 3, H, W\)|wanted a tensor or an array"):
+            processor.post_process(other)
+    with pytest.raises(InputError, match="wanted a tokenizer or its directory, got Linear"):
+        TexTokImageProcessor.of(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("to_range", ["signed", "bytes"])
@@ -245,6 +267,39 @@ def test_the_image_processor_as_transformers_code_uses_one(to_range: str, tmp_pa
             processor(picture, **options)
 
 
+# -- tokenizers behind their peers' calls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["titok", "continuous"])
+@torch.no_grad()
+def test_engines_and_processors_of_peers(make_tokenizer: Make, golden: Callable[[str], Any], kind: str, tmp_path: Path) -> None:
+    """An engine of one has its calls and gives what it gives; the processor's pictures have the range that it takes."""
+    if kind == "titok":
+        peer: Any = interop.load("titok", golden("titok_vq")[0], heads=4)
+    else:
+        peer = interop.ContinuousTokenizer(make_tokenizer(text="none", latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4))
+    size = peer.tokenizer.config.image_size
+    processor = TexTokImageProcessor.of(peer)
+    assert processor.size == {"height": size, "width": size}
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    values = processor(picture, return_tensors="pt").pixel_values
+    assert values.max() <= 1 and (0 if kind == "titok" else -1) <= values.min() < (0.1 if kind == "titok" else -0.9)
+    assert np.array_equal(np.asarray(processor.post_process(values)[0]), np.asarray(picture))
+    processor.save_pretrained(tmp_path)
+    again = TexTokImageProcessor.from_pretrained(tmp_path)
+    assert again.to_range == processor.to_range and torch.equal(again(picture)["pixel_values"], values)
+    engine = Engine(peer, Plan())
+    assert type(engine) is type(peer) and type(engine.tokenizer).__name__ == "TokenizerEngine"
+    assert isinstance(peer.tokenizer, TexTok)  # which stays as it was
+    assert TexTokImageProcessor.of(engine).to_range == processor.to_range
+    z, wanted = peer.encode(values)[0], peer(values)[0]
+    torch.testing.assert_close(engine.encode(values)[0], z, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(engine.decode(z), wanted, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(engine(values)[0], wanted, atol=5e-5, rtol=1e-4)
+    with pytest.raises(InputError, match=f"this {type(peer).__name__} runs by an engine already"):
+        Engine(engine, Plan())
+
+
 # -- torch.hub and the Hub -----------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +317,7 @@ def test_torch_hub(make_tokenizer: Make, tmp_path: Path, golden: Callable[[str],
     assert pipe(1, options=SamplingOptions(steps=1)).images.shape == (1, 16, 16, 3)
 
 
-def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple[str, Any]] = []
     kept: dict[str, str] = {}
 
@@ -272,6 +327,7 @@ def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.Monke
 
         def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
             kept.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
@@ -302,6 +358,12 @@ def test_the_card_and_the_upload(make_tokenizer: Make, monkeypatch: pytest.Monke
         push_to_hub(around, "me/around", **about)
         assert set(kept) == {"README.md", "config.json", "model.safetensors"}
         assert f'interop.load(None, "me/around")  # {type(around).__name__}' in kept["README.md"]
+        assert isinstance(interop.load(None, tmp_path / "me/around"), type(around))
+        assert TexTok.from_pretrained(tmp_path / "me/around").config == model.config
+    noted = {"PSNR (dB)": 20.812345, "note": "held-out scenes"}
+    assert "| PSNR (dB) | 20.8123 |\n| note | held-out scenes |" in model_card(
+        model, name="me/x", licence="mit", data="-", metrics=noted
+    )
     with pytest.raises(InputError, match="got TiTok; of an engine"):
         push_to_hub(interop.TiTok(Engine(model, Plan())), "me/around", **about)
 

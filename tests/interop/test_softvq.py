@@ -4,96 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from soft_weights import CHANNELS, DEPTH, GRID, HEADS, PATCH, TOKENS, WIDTH
+from soft_weights import soft_weights as weights
 from torch import Tensor
 from torch.nn import functional as F
 
-from textok_fast import InputError, interop
+from textok_fast import InputError, TexTok, interop
 from textok_fast.inference import Engine, Plan
 from textok_fast.interop import ContinuousTokenizer
 from textok_fast.interop.softvq import TRAINING_ONLY
 
-WIDTH, HEADS, DEPTH, GRID, PATCH, TOKENS, CHANNELS, CODES = 48, 4, 2, 3, 4, 6, 5, 11
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-
-
-def weights(
-    soft: bool,
-    rope: bool = False,
-    registers: int = 0,
-    decoder_class_token: bool = True,
-    scale: bool = True,
-    movq: bool = False,
-    placed_prefix: bool = True,
-) -> dict[str, Tensor]:
-    """A state dict as that code saves it, of random numbers. ``placed_prefix``: whether the class token and the registers have
-    positions; ``movq``: the decoder's LayerNorms have no weights, and the latents modulate them."""
-    torch.manual_seed(0)
-
-    def normal(*shape: int, size: float = 1.0) -> Tensor:
-        return size * torch.randn(shape)
-
-    state: dict[str, Tensor] = {}
-    for side in ("encoder", "decoder"):
-        has_class = side == "encoder" or decoder_class_token
-        prefix = has_class + registers
-        state[f"{side}.model.pos_embed"] = normal(1, GRID**2 + prefix * placed_prefix, WIDTH)
-        modulated = movq and side == "decoder"
-        if has_class:
-            state[f"{side}.model.cls_token"] = normal(1, 1, WIDTH)
-        if registers:
-            state[f"{side}.model.reg_token"] = normal(1, registers, WIDTH)
-        state[f"{side}.model.patch_embed.proj.weight"] = normal(WIDTH, 3, PATCH, PATCH, size=0.2)
-        state[f"{side}.model.patch_embed.proj.bias"] = normal(WIDTH)
-        for index in range(DEPTH):
-            block = f"{side}.model.blocks.{index}"
-            if modulated:
-                state[f"{block}.adaLN_modulation.1.weight"] = normal(4 * WIDTH, CHANNELS, size=CHANNELS**-0.5)
-                state[f"{block}.adaLN_modulation.1.bias"] = normal(4 * WIDTH)
-            for norm in () if modulated else ("norm1", "norm2"):
-                state[f"{block}.{norm}.weight"], state[f"{block}.{norm}.bias"] = (
-                    1 + normal(WIDTH, size=0.1),
-                    normal(WIDTH, size=0.1),
-                )
-            for name, shape in (
-                ("attn.qkv", (3 * WIDTH, WIDTH)),
-                ("attn.proj", (WIDTH, WIDTH)),
-                ("mlp.fc1", (4 * WIDTH, WIDTH)),
-                ("mlp.fc2", (WIDTH, 4 * WIDTH)),
-            ):
-                state[f"{block}.{name}.weight"] = normal(*shape, size=shape[1] ** -0.5)
-                state[f"{block}.{name}.bias"] = normal(shape[0], size=0.1)
-            if scale and not modulated:
-                state[f"{block}.ls1.gamma"], state[f"{block}.ls2.gamma"] = normal(WIDTH), normal(WIDTH)
-        if modulated:
-            state[f"{side}.model.norm.adaLN_modulation.1.weight"] = normal(2 * WIDTH, CHANNELS)
-            state[f"{side}.model.norm.adaLN_modulation.1.bias"] = normal(2 * WIDTH)
-        else:
-            state[f"{side}.model.norm.weight"] = 1 + normal(WIDTH, size=0.1)
-            state[f"{side}.model.norm.bias"] = normal(WIDTH, size=0.1)
-        state[f"{side}.latent_pos_embed"] = normal(1, TOKENS, WIDTH)
-        if rope:
-            state[f"{side}.freqs"] = normal(2, DEPTH, WIDTH // 2)
-            state[f"{side}.freqs_t_x"] = torch.arange(GRID**2) % GRID
-    state["encoder.latent_tokens"], state["decoder.mask_token"] = normal(1, TOKENS, WIDTH), normal(1, 1, WIDTH)
-    state["decoder.to_pixel.model.weight"] = normal(3 * PATCH**2, WIDTH, size=0.05)
-    state["decoder.to_pixel.model.bias"] = normal(3 * PATCH**2, size=0.1)
-    state["quant_conv.weight"], state["quant_conv.bias"] = normal(CHANNELS, WIDTH, size=WIDTH**-0.5), normal(CHANNELS)
-    state["post_quant_conv.weight"], state["post_quant_conv.bias"] = normal(WIDTH, CHANNELS), normal(WIDTH)
-    if soft:
-        state["quantize.embedding"] = normal(2, CODES, CHANNELS)
-        state["quantize.codebook_used"] = torch.zeros(2, 65536)
-    state["repa_model.norm.weight"] = torch.ones(3)
-    return state
 
 
 def normalized(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     there = f"{name}.weight" in state
     weight, bias = (state[f"{name}.{part}"].double() if there else None for part in ("weight", "bias"))
-    return F.layer_norm(x, (WIDTH,), weight, bias, eps=1e-6)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-6)
 
 
 def blocks(
@@ -101,6 +33,7 @@ def blocks(
 ) -> Tensor:
     """x (B, prefix + hw + N, D) through the blocks and the last norm; patches turn by their places where the state says so, or
     by axes; z (B, N, C) modulates the latents' rows."""
+    width = x.shape[-1]
     for index in range(DEPTH):
         block = f"{side}.model.blocks.{index}"
 
@@ -122,7 +55,7 @@ def blocks(
         q, k, v = linear(norm(x, "norm1"), "attn.qkv").unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         if f"{side}.freqs" in state or axial_theta:
             if axial_theta:
-                dim = WIDTH // HEADS
+                dim = width // HEADS
                 magnitude = axial_theta ** (-torch.arange(0, dim, 4).double() / dim)
                 freqs = torch.zeros(2, HEADS, dim // 2, dtype=torch.float64)
                 freqs[0, :, : dim // 4], freqs[1, :, dim // 4 :] = magnitude, magnitude
@@ -136,7 +69,7 @@ def blocks(
             for part in (q, k):
                 pairs = torch.view_as_complex(part[:, :, there].unflatten(-1, (-1, 2)).contiguous())
                 part[:, :, there] = torch.view_as_real(pairs * turn).flatten(-2)
-        attended = ((q @ k.transpose(-1, -2)) / math.sqrt(WIDTH // HEADS)).softmax(-1) @ v
+        attended = ((q @ k.transpose(-1, -2)) / math.sqrt(width // HEADS)).softmax(-1) @ v
         x = x + scaled(linear(attended.transpose(1, 2).flatten(2), "attn.proj"), "ls1")
         x = x + scaled(linear(F.gelu(linear(norm(x, "norm2"), "mlp.fc1")), "mlp.fc2"), "ls2")
     return normalized(state, f"{side}.model.norm", x)
@@ -155,7 +88,7 @@ def placed(state: dict[str, Tensor], side: str, prefix: list[Tensor], patches: T
     return torch.cat([*own, patches], dim=1) + places
 
 
-def encoded(state: dict[str, Tensor], images: Tensor, axial_theta: float = 0.0) -> Tensor:
+def encoded(state: dict[str, Tensor], images: Tensor, axial_theta: float = 0.0, l2_norm: bool = True) -> Tensor:
     place = "encoder.model.patch_embed.proj"
     patches = F.conv2d(images.double(), state[f"{place}.weight"].double(), state[f"{place}.bias"].double(), stride=PATCH)
     own = prefixes(state, "encoder")
@@ -166,9 +99,10 @@ def encoded(state: dict[str, Tensor], images: Tensor, axial_theta: float = 0.0) 
     z = x @ state["quant_conv.weight"].double().T + state["quant_conv.bias"].double()
     if "quantize.embedding" not in state:
         return z
-    codes, out = F.normalize(state["quantize.embedding"].double(), dim=-1), []
+    codes, out = state["quantize.embedding"].double(), []
+    codes, z = (F.normalize(codes, dim=-1), F.normalize(z, dim=-1)) if l2_norm else (codes, z)
     for book, part in zip(codes, z.chunk(len(codes), dim=1), strict=True):
-        out.append((F.normalize(part, dim=-1) @ book.T / 0.07).softmax(-1) @ book)
+        out.append((part @ book.T / 0.07).softmax(-1) @ book)
     return torch.cat(out, dim=1)
 
 
@@ -212,7 +146,9 @@ def test_is_the_formula(form: dict[str, Any]) -> None:
     wanted = encoded(state, images)
     z, *_ = model.encode(images)
     torch.testing.assert_close(z.double(), wanted, **CLOSE)
-    torch.testing.assert_close(model.decode(z).double(), decoded(state, z).clamp(-1, 1), **CLOSE)
+    wanted = decoded(state, z)  # as theirs, beyond [-1, 1] too
+    assert wanted.abs().max() > 1
+    torch.testing.assert_close(model.decode(z).double(), wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -241,17 +177,12 @@ def test_sides_of_other_sizes_and_statistics() -> None:
     """The "BL" models: a base encoder and a large decoder; tokens are normalised by what config.json says."""
     state = weights(soft=True)
     wide = {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}
-    torch.manual_seed(1)
-    global WIDTH
-    narrow, WIDTH = WIDTH, 64
-    try:
-        wide |= {key: value for key, value in weights(soft=True).items() if key.startswith(("decoder.", "post_quant_conv."))}
-        found = interop.Weights(wide, {"config": {"vq_mean": 0.25, "vq_std": 0.5}}, "test")
-        tokenizer = interop.convert_softvq(found.state, found.config, HEADS)
-        z = torch.randn(2, TOKENS, CHANNELS)
-        wanted = decoded(wide, z)
-    finally:
-        WIDTH = narrow
+    sides = weights(soft=True, width=64).items()
+    wide |= {key: value for key, value in sides if key.startswith(("decoder.", "post_quant_conv."))}
+    found = interop.Weights(wide, {"config": {"vq_mean": 0.25, "vq_std": 0.5}}, "test")
+    tokenizer = interop.convert_softvq(found.state, found.config, HEADS)
+    z = torch.randn(2, TOKENS, CHANNELS)
+    wanted = decoded(wide, z)
     assert (tokenizer.config.width, tokenizer.config.decoder_width) == (48, 64)
     with torch.no_grad():
         torch.testing.assert_close(tokenizer.decode((z - 0.25) / 0.5).double(), wanted.clamp(-1, 1), **CLOSE)
@@ -282,6 +213,58 @@ def test_the_temperature_is_what_config_json_says() -> None:
     assert interop.convert_softvq(state, {"tau": 0.5}, HEADS).config.soft_temperature == 0.5
     assert interop.convert_softvq(state, {"tau": 0.5}, HEADS, temperature=0.25).config.soft_temperature == 0.25
     assert interop.convert_softvq(state, {}, HEADS).config.soft_temperature == 0.07
+
+
+@torch.no_grad()
+def test_codes_are_of_norm_1_unless_config_json_says_otherwise(tmp_path: Path) -> None:
+    state = weights(soft=True)
+    images = torch.rand(2, 3, GRID * PATCH, GRID * PATCH) * 2 - 1
+    wanted = encoded(state, images, l2_norm=False)
+    assert not torch.allclose(wanted, encoded(state, images), atol=1e-2)
+    tokenizer = interop.convert_softvq(state, {"config": {"codebook_l2_norm": False}}, HEADS)
+    tokenizer.save_pretrained(tmp_path)
+    for model in (tokenizer, TexTok.from_pretrained(tmp_path), Engine(tokenizer, Plan())):
+        torch.testing.assert_close(model.encode(images).mode().double(), wanted, **CLOSE)
+
+
+def test_the_peers_attributes_and_calls() -> None:
+    """Code that samples normalises by these; latents of another form are refused."""
+    state = weights(soft=False)
+    config = {"vq_mean": 0.25, "vq_std": 0.5}
+    model = ContinuousTokenizer(interop.convert_softvq(state, config, HEADS))
+    assert (model.vq_mean, model.vq_std, model.num_latent_tokens, model.codebook_embed_dim) == (0.25, 0.5, TOKENS, CHANNELS)
+    images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH) * 2 - 1
+    torch.testing.assert_close((model.encode(images)[0] - 0.25) / 0.5, model.tokenizer.encode(images).mode(), **CLOSE)
+    plain = ContinuousTokenizer(interop.convert_softvq(state, {}, HEADS))
+    assert (plain.vq_mean, plain.vq_std) == (0.0, 1.0)
+    z = torch.randn(1, TOKENS, CHANNELS)
+    for wrong, message in (
+        (z[:, 1:], r"tokens must be float \(B, 6, 5\), got torch.float32 \(1, 5, 5\)"),
+        (z.long(), "got torch.int64"),
+        (z.tolist(), "must be a tensor, got list"),
+        (z * math.nan, "contain NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.decode(wrong)
+
+
+def test_numbers_that_are_none_are_named() -> None:
+    state = weights(soft=True)
+    for about, message in (
+        ({"vq_mean": "x"}, "config.json: vq_mean must be a number, got 'x'"),
+        ({"vq_std": [1.0]}, r"config.json: vq_std must be a number, got \[1.0\]"),
+        ({"vq_std": 0}, "config.json: vq_std must be above 0, got 0.0"),
+        ({"tau": None}, "config.json: tau must be a number, got None"),
+        ({"tau": 0}, "soft_temperature must be above 0, got 0.0"),
+        ({"codebook_l2_norm": "false"}, "config.json: codebook_l2_norm is true or false, got 'false'"),
+        ({"use_rope": True, "rope_theta": "x"}, "config.json: rope_theta must be a number, got 'x'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            interop.convert_softvq(state, {"config": about}, HEADS)
+    for name in ("temperature", "axial_theta"):
+        for value in (0, -1.0, "x", True, math.nan):
+            with pytest.raises(InputError, match=f"{name} must be a number above 0, got {value!r}"):
+                interop.load("softvq", state, heads=HEADS, **{name: value})
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from textok_fast import InputError, TexTok, interop
+from textok_fast import InputError, TexTok, cli, interop
 from textok_fast.inference import Engine, Plan
 from textok_fast.interop import TiTok, convert_titok
 from textok_fast.interop.titok import Posterior
@@ -172,6 +173,27 @@ def test_features_need_no_text_encoder_and_captions_say_what_they_lack(
     assert interop.convert_titok(weights, HEADS).config.text_encoder == "openai/clip-vit-large-patch14-336"
 
 
+def test_photos_without_captions_become_tokens(
+    golden: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The encoder reads no text, so that none is asked for; the decoder reads it, or decodes without."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    interop.convert("tatitok", golden("tatitok_vae")[0], tmp_path / "own", heads=HEADS, text_encoder="nobody/no-clip")
+    (tmp_path / "photos").mkdir()
+    colours = ("teal", "red", "white")
+    for colour in colours:
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "photos" / f"{colour}.png")
+    (tmp_path / "photos" / "red.txt").write_text("a red field")
+    own, device = ["--model", str(tmp_path / "own")], ["--device", "cpu"]
+    tokens, out = str(tmp_path / "tokens"), str(tmp_path / "pictures")
+    assert cli.main(["encode", *own, "--images", str(tmp_path / "photos"), "--out", tokens, *device]) == 0
+    assert "wrote 3 pictures' tokens" in capsys.readouterr().out
+    assert cli.main(["decode", *own, "--tokens", tokens, "--out", out, *device]) == 2
+    assert "cannot get the text encoder 'nobody/no-clip'" in capsys.readouterr().err
+    assert cli.main(["decode", *own, "--tokens", tokens, "--out", out, "--no-captions", *device]) == 0
+    assert sorted(path.stem for path in (tmp_path / "pictures").glob("*.png")) == sorted(colours)
+
+
 def test_bad_input_is_named(golden: Callable[[str], Any]) -> None:
     model, io = loaded(golden, "titok_vq")
     with pytest.raises(InputError, match="in \\[0, 1\\], got torch.uint8"):
@@ -186,6 +208,11 @@ def test_bad_input_is_named(golden: Callable[[str], Any]) -> None:
         model.decode_tokens(io["indices"] + 24)
     with pytest.raises(InputError, match="tokens must be integers"):
         model.decode_tokens(torch.zeros(2, 1, 8))
+    with pytest.raises(InputError, match=r"tokens must be an integer tensor \(B, 1, 8\), got list"):
+        model.decode_tokens([[1] * 8])
+    for wrong in ("x", io["indices"]):
+        with pytest.raises(InputError, match=r"latents must be a float tensor \(B, 4, 1, 8\), got (str|torch.int64)"):
+            model.decode(wrong)
 
 
 def test_weights_that_do_not_fit_are_named(golden: Callable[[str], Any]) -> None:

@@ -50,9 +50,10 @@ def test_is_its_parts(precision: str, dtype: torch.dtype, stream: torch.dtype) -
         assert mine.dtype == kind and torch.equal(mine, parts)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
 @pytest.mark.parametrize(("precision", "dtype", "stream"), FORMS)
-def test_the_reference_is_the_formula(precision: str, dtype: torch.dtype, stream: torch.dtype) -> None:
-    block, given = make(precision, "reference"), inputs(dtype, stream)
+def test_the_reference_is_the_formula(precision: str, dtype: torch.dtype, stream: torch.dtype, eps: float) -> None:
+    block, given = make(precision, "reference")._replace(mlp_eps=eps), inputs(dtype, stream)
     with use_backend("reference"):
         found = ops.packed_block(block, *given)
     x, hidden, modulation, shift, scale = (tensor.double() for tensor in given)
@@ -62,15 +63,17 @@ def test_the_reference_is_the_formula(precision: str, dtype: torch.dtype, stream
         assert packed.bias is not None
         return x @ weight.T + packed.bias.double()
 
-    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    def norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
 
     _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
     q, k, v = linear(hidden, block.qkv).unflatten(-1, (3, block.heads, -1)).unbind(2)  # each (B, N, H, D / H)
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div((24 // 3) ** 0.5).softmax(-1)
     attended = torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2)
     x = x + gate1[:, None] * linear(attended, block.proj)
-    branch = linear(torch.nn.functional.gelu(linear(norm(x, shift2, scale2), block.fc1), approximate="tanh"), block.fc2)
+    branch = linear(
+        torch.nn.functional.gelu(linear(norm(x, shift2, scale2, block.mlp_eps), block.fc1), approximate="tanh"), block.fc2
+    )
     x = x + gate2[:, None] * branch
     rounding = {"fp32": 1e-5, "bf16": 3e-2, "int8": 5e-2}[precision]
     for mine, wanted in zip(found, (x, norm(x, shift, scale)), strict=True):
@@ -86,6 +89,7 @@ def test_a_forced_part_is_not_gone_around() -> None:
     with use_backend("reference"):
         assert choose("packed_block", block, *given) == "reference"
     assert choose("packed_block", make("fp32", "reference"), *given) == "reference"
+    assert choose("packed_block", block._replace(mlp_eps=1e-5), *given) == "reference"  # the kernel has one epsilon
     with use_backend(packed_block="native"), pytest.raises(InputError, match="packed by the native library"):
         ops.packed_block(make("fp32", "reference"), *given)
 

@@ -40,7 +40,8 @@ DIFFUSERS = {"diffusers-dit": "DiTTransformer2DModel", "sd-vae": "AutoencoderKL"
 
 @dataclass
 class WeightsConfig:
-    """``weights`` and ``kind`` as ``textok-fast convert`` takes them; ``heads`` where the width is no published one.
+    """``weights`` and ``kind`` as ``textok-fast convert`` takes them; ``heads`` where the width is no published one,
+    ``temperature`` and ``axial_theta`` where a SoftVQ-VAE's or a MAETok's config.json does not say them.
 
     A generator is timed by its forward, a tokenizer or an autoencoder by encoding and decoding, each at every ``batch``.
     ``text_tokens``: of the features that a tokenizer with text is given. ``image_size``: of an autoencoder's pictures; None is
@@ -50,6 +51,8 @@ class WeightsConfig:
     weights: str = ""
     kind: str | None = None
     heads: int | None = None
+    temperature: float | None = None
+    axial_theta: float | None = None
     precisions: tuple[str, ...] = ("fp32", "bf16")
     batch: tuple[int, ...] = (1,)
     text_tokens: int = 77
@@ -141,7 +144,7 @@ def run_weights(config: WeightsConfig, command: str | None = None, progress: boo
     Raises: InputError for what :func:`textok_fast.interop.load` refuses.
     """
     device, say = resolve_device(config.device), reporter(progress)
-    given = {"heads": config.heads, "image_size": config.image_size}
+    given = {name: getattr(config, name) for name in ("heads", "temperature", "axial_theta", "image_size")}
     options = {name: value for name, value in given.items() if value is not None}
     found, kind = load_and_tell(config.kind, config.weights, **options)
     known = isinstance(found, (DiT, TexTok)) or is_autoencoder(found)

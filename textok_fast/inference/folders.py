@@ -58,8 +58,9 @@ def encode_folder(
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json. A tokenizer that
-    reads no text takes pictures without a caption too, of which the stored caption is "".
+    """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json.
+
+    A tokenizer whose encoder reads no text takes pictures without a caption too, of which the stored caption is "".
 
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
     them, or a directory that holds .tar files and no pictures.
@@ -79,7 +80,7 @@ def encode_folder(
     if not is_shards and not Path(images).is_dir():
         raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
     config = DataConfig(source="webdataset" if is_shards else "folder", path=images, image_size=tokenizer.config.image_size)
-    dataset = load_dataset(config, "all", need_captions=isinstance(tokenizer, TexTok) and tokenizer.config.text != "none")
+    dataset = load_dataset(config, "all", need_captions=isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder)
     # The data are known by their content, however their folder is spelled today.
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
     run = encode_function(cast(Any, Engine(cast(Any, tokenizer), plan)))

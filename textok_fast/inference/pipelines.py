@@ -303,11 +303,17 @@ class ClassToImagePipeline(GenerationPipeline):
         return {"label_names": self.label_names, "captions": {str(label): texts for label, texts in self.captions.items()}}
 
     def label_index(self, label: int | str) -> int:
-        """The index of a class; InputError for one that does not exist. A string is a name if a class has it, else an index."""
+        """The index of a class; InputError for one that does not exist. A string is a name if a class has it, also as one of
+        several with commas between them ("tench, Tinca tinca"), else an index."""
         count = self.generator.config.num_classes
         if isinstance(label, str):
             if label in self.label_names:
                 return self.label_names.index(label)
+            found = [i for i, names in enumerate(self.label_names) if label in map(str.strip, names.split(","))]
+            if len(found) > 1:
+                raise InputError(f"the classes {', '.join(map(str, found))} are called {label!r}: give an index")
+            if found:
+                return found[0]
             if not re.fullmatch(r"-?[0-9]+", label):
                 raise InputError(f"no class {label!r}; known: {', '.join(self.label_names[:8]) or 'none by name'}, ...")
             label = int(label)

@@ -206,7 +206,7 @@ class PackedDiTBlock(nn.Module):
         if len(layers) < 4 or not all(isinstance(layer, PackedLinear) for layer in layers):
             return None
         qkv, proj, fc1, fc2 = (layer.packed for layer in layers)
-        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, mlp.activation))
+        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, mlp.activation, block.mlp_norm_eps))
 
     def forward(
         self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
@@ -222,7 +222,7 @@ class FewRowsDiTBlock(nn.Module):
         super().__init__()
         self.attn, self.mlp, self.adaLN_modulation = block.attn, block.mlp, block.adaLN_modulation
         self.cross_norm, self.cross_attn = block.cross_norm, block.cross_attn
-        self.packed = packed
+        self.mlp_norm_eps, self.packed = block.mlp_norm_eps, packed
 
     @classmethod
     def of(cls, block: DiTBlock) -> FewRowsDiTBlock | None:
@@ -232,7 +232,7 @@ class FewRowsDiTBlock(nn.Module):
             return None
         layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         qkv, proj, fc1, fc2 = (ops.pack_linear(layer.weight, layer.bias, "bf16", "reference") for layer in layers)
-        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, _gelu(mlp)))
+        return cls(block, ops.PackedBlock(qkv, proj, fc1, fc2, attn.heads, _gelu(mlp), block.mlp_norm_eps))
 
     def forward(
         self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
@@ -367,7 +367,7 @@ class Fp8Block(nn.Module):
     def __init__(self, block: DiTBlock, device: torch.device, hands_on: bool) -> None:
         super().__init__()
         self.attn, self.cross_norm, self.cross_attn = block.attn, block.cross_norm, block.cross_attn
-        self.adaLN_modulation = block.adaLN_modulation
+        self.adaLN_modulation, self.mlp_norm_eps = block.adaLN_modulation, block.mlp_norm_eps
         self.mlp = Fp8Mlp(block.mlp, device)
         for attention in filter(None, (self.attn, self.cross_attn)):
             _replace(attention, lambda weight, bias: Fp8Linear(weight, bias, device))
@@ -389,7 +389,7 @@ class Fp8Block(nn.Module):
         if self.cross_attn is not None and norm is not None and text is not None:
             x, hidden = ops.gated_residual_layer_norm(x, branch, gate1, norm.weight, norm.bias, norm.eps, fp8=True)
             branch, gate = self.cross_attn(hidden, text.tokens, text.mask), None
-        x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, gate, shift2, scale2, fp8=True)
+        x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, gate, shift2, scale2, self.mlp_norm_eps, fp8=True)
         branch = self.mlp(hidden)  # (B, N, D)
         if self.hands_on:
             return ops.gated_residual_layer_norm_modulate(x, branch, gate2, *following, fp8=True)

@@ -7,12 +7,15 @@ The models are saved in this library's own format, so that either class reads wh
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +44,7 @@ from textok_fast.inference.pipelines import (
     load_pipeline,
 )
 from textok_fast.inference.plan import Plan
+from textok_fast.interop.schedulers import PREDICTIONS, SCHEDULES, gaussian_noise
 from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, HUB_OPTIONS, PretrainedMixin, locate
@@ -75,6 +79,9 @@ def _loading(options: dict[str, Any]) -> dict[str, Any]:
     return {"dtype": dtype, "device": device, **options}
 
 
+_REGISTERED = "_registered"  # in config.json: what is in ``config`` and not of the model, such as an EMAModel's state
+
+
 class _Model(ModelMixin, ConfigMixin):
     """One of our models, of the class ``own``, as one of diffusers': it lies in the attribute ``place``.
 
@@ -85,15 +92,42 @@ class _Model(ModelMixin, ConfigMixin):
     own: ClassVar[type[PretrainedMixin]]
     place: ClassVar[str]
 
+    def _about(self, **values: Any) -> None:
+        """Puts what diffusers' code reads in ``config``."""
+        self.register_to_config(**values)
+        self._own_names = frozenset(self.config)
+
     @classmethod
     def from_textok(cls, model: Any) -> Self:
         """Around ``model`` itself: they share their weights, and its text encoder if it has one loaded."""
         if not isinstance(model, cls.own):
             raise InputError(f"{cls.__name__} goes around a {cls.own.__name__}, got {type(model).__name__}")
         with torch.device("meta"):
-            made = cls(to_dict(model.config))
+            made = cls(textok=to_dict(model.config))  # by name: diffusers keeps only such in `config`
         setattr(made, cls.place, model)
         return cast(Self, made.train(model.training))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A model with new weights from another's ``config``, or from what :meth:`load_config` reads: a saved config.json.
+
+        Returns: it, and with ``return_unused_kwargs`` also the entries that are none of its sizes, such as an EMAModel's.
+        Raises: InputError for the configuration of something else.
+        """
+        values = {**(config if isinstance(config, Mapping) else cls.load_config(config)), **kwargs}
+        names = {field.name for field in dataclasses.fields(cls.own.config_class)}
+        sizes = values.pop("textok", None)
+        if sizes is None:
+            if values.get("model_type") != cls.own.model_type:
+                raise InputError(
+                    f"wanted the config of a {cls.__name__} or a {cls.own.__name__}, got one of {sorted(values)[:4]}"
+                )
+            sizes = {name: values[name] for name in names & values.keys()}
+        made = cls(textok=sizes)
+        unused = {name: value for name, value in values.items() if name not in {*names, *made.config} and name[0] != "_"}
+        unused = {**values.get(_REGISTERED, {}), **unused}
+        unused.pop("model_type", None)
+        return (made, unused) if return_unused_kwargs else made
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, subfolder: str = "", **options: Any) -> Self:
@@ -115,14 +149,16 @@ class _Model(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """config.json and model.safetensors, as ``own`` writes them. InputError for a pickle, a variant, and other options."""
+        """config.json and model.safetensors, as ``own`` writes them; what others registered to ``config`` goes along.
+        InputError for a pickle, a variant, and other options."""
         if not safe_serialization or variant is not None or save_function is not None or push_to_hub or options:
             raise InputError(
                 "weights are saved as one model.safetensors, and uploaded by push_to_hub(...): leave the options out"
             )
         if is_main_process:
             notes = {"_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
-            getattr(self, self.place).save_pretrained(save_directory, notes)
+            more = {name: value for name, value in self.config.items() if name not in self._own_names and name[0] != "_"}
+            getattr(self, self.place).save_pretrained(save_directory, {**notes, **({_REGISTERED: more} if more else {})})
 
 
 class TokenDistribution(DiagonalGaussianDistribution):
@@ -180,7 +216,7 @@ class AutoencoderTexTok(_Model):
         about: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "latent_channels": config.latent_dim}
         about |= {"sample_size": config.image_size, "block_out_channels": channels}
         about |= {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None, "force_upcast": False}
-        self.register_to_config(**about)
+        self._about(**about)
 
     @property
     def encoder(self) -> nn.Module:
@@ -277,7 +313,7 @@ class TexTokTransformer(_Model):
         about: dict[str, Any] = {"in_channels": config.in_channels, "out_channels": config.out_channels}
         about |= {"num_layers": config.depth, "num_attention_heads": config.heads, "patch_size": config.patch_size}
         about |= {"attention_head_dim": config.width // config.heads, "num_embeds_ada_norm": config.num_classes}
-        self.register_to_config(**about, sample_size=config.input_size or config.num_tokens)
+        self._about(**about, sample_size=config.input_size or config.num_tokens)
 
     def forward(
         self,
@@ -319,8 +355,6 @@ _SAMPLER_OF = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
 }
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
 def _scheduler(pipeline: GenerationPipeline) -> Any:
@@ -328,40 +362,81 @@ def _scheduler(pipeline: GenerationPipeline) -> Any:
     if pipeline.objective == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler()
     about = {
-        "prediction_type": next(name for name, ours in _PREDICTIONS.items() if ours == pipeline.prediction),
-        "beta_schedule": next(name for name, ours in _SCHEDULES.items() if ours == pipeline.schedule),
+        "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == pipeline.prediction),
+        "beta_schedule": next(name for name, ours in SCHEDULES.items() if ours == pipeline.schedule),
         # It looks for a learned variance among the tokens: a loop of one's own takes the first d channels, as DiTPipeline.
         "variance_type": "fixed_small" if pipeline.generator.config.learn_sigma else "fixed_large",
     }
     return diffusers.DDPMScheduler(clip_sample=False, **about)
 
 
-def _trained_with(scheduler: Any) -> tuple[Objective, str, str]:
-    """(objective, prediction, schedule) that a scheduler of diffusers' says. InputError for one that no sampler here is."""
-    sampler = _SAMPLER_OF.get(type(scheduler).__name__)
+# What other samplers are made of; the settings that are not here are of spacing, or are read elsewhere, or do nothing alone.
+_AS_HERE: dict[str, Any] = {
+    **dict.fromkeys(("trained_betas", "solver_p", "sigma_min", "sigma_max", "shift_terminal"), None),
+    **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_dynamic_shifting", "invert_sigmas"), False),
+    **{f"use_{kind}": False for kind in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")},
+    "set_alpha_to_one": True,
+    "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "stochastic_sampling": False,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "predict_x0": True,
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "disable_corrector": [],
+}
+_SOLVER_TYPES = {"DPMSolverMultistepScheduler": "midpoint", "UniPCMultistepScheduler": "bh2"}
+
+
+def _trained_with(scheduler: Any, learn_sigma: bool | None = None) -> tuple[Objective, str, str]:
+    """(objective, prediction, schedule) that a scheduler of diffusers' says.
+
+    ``learn_sigma``: of the generator, by which a DDPMScheduler's variance is another; None does not look at it.
+    Raises: InputError for one that no sampler here is: of another class, or with settings that would change what it computes.
+    """
+    name = type(scheduler).__name__
+    sampler = _SAMPLER_OF.get(name)
     if sampler is None:
-        raise InputError(
-            f"no sampler here is {type(scheduler).__name__}'s; known: {', '.join(_SAMPLER_OF)}. The call takes sampler=, too"
-        )
+        raise InputError(f"no sampler here is {name}'s; known: {', '.join(_SAMPLER_OF)}. The call takes sampler=, too")
+    config = scheduler.config
+    wanted = {**_AS_HERE, "solver_type": _SOLVER_TYPES.get(name)}
+    own = inspect.signature(type(scheduler).__init__).parameters  # config also keeps what other classes were made with
+    for option in filter(own.__contains__, wanted):
+        if not np.all(config[option] == wanted[option]):  # of an array too
+            hint = f": {name}.from_config(pipe.scheduler.config) does not clamp latents" if option == "clip_sample" else ""
+            raise InputError(f"{name} here has {option} {wanted[option]!r}, got {config[option]!r}{hint}")
     if SAMPLERS[sampler] == "flow":
         return "flow", "epsilon", "linear"
-    config = scheduler.config
-    noise = (config.beta_schedule, config.num_train_timesteps)
-    linear = (round(config.beta_start, 6), round(config.beta_end, 6)) == (1e-4, 0.02)
-    if config.beta_schedule not in _SCHEDULES or noise[1] != 1000 or (noise[0] == "linear" and not linear):
-        raise InputError(
-            f"noise is added linearly from 1e-4 to 0.02 or by squaredcos_cap_v2, in 1000 steps, got {noise[0]} in {noise[1]} "
-            f"from {config.beta_start} to {config.beta_end}"
-        )
-    if sampler == "dpmpp_2m" and (config.algorithm_type, config.solver_order) != ("dpmsolver++", 2):
-        raise InputError(f"DPM-Solver here is dpmsolver++ of order 2, got {config.algorithm_type} of {config.solver_order}")
-    return "gaussian", _PREDICTIONS[config.prediction_type], _SCHEDULES[config.beta_schedule]
+    prediction, schedule = gaussian_noise({**config, "_class_name": name})
+    # With a learned variance diffusers' loop leaves that out, and says fixed_small; a loop with it says learned_range.
+    if sampler == "ddpm" and learn_sigma is not None:
+        variances = ("fixed_small", "learned_range") if learn_sigma else ("fixed_large",)
+        if config.variance_type not in variances:
+            raise InputError(f"{name} here has variance_type {variances[-1]!r}, got {config.variance_type!r}")
+    return "gaussian", prediction, schedule
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------------------
 
 _CODE = '"""For ``DiffusionPipeline.from_pretrained(..., trust_remote_code=True)``."""\n\n'
 _CODE += 'from textok_fast.interop.diffusers import TexTokPipeline\n\n__all__ = ["TexTokPipeline"]\n'
+
+
+def _as_called_in_diffusers(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Arguments by position are those of DiTPipeline behind labels, else ``height`` and ``width``. InputError for others."""
+
+    @functools.wraps(call)
+    def run(self: Any, prompt: Any = None, *values: Any, **named: Any) -> Any:
+        names: tuple[str, ...] = ("height", "width")
+        if isinstance(self.pipeline, ClassToImagePipeline) and named.get("class_labels") is None:
+            names = ("guidance_scale", "generator", "num_inference_steps", "output_type", "return_dict")
+        if len(values) > len(names) or set(names[: len(values)]) & named.keys():
+            raise InputError(f"by position go {', '.join(names)}, each once: give the {len(values)} values by name")
+        return call(self, prompt, **dict(zip(names, values, strict=False)), **named)
+
+    return run
 
 
 class TexTokPipeline(DiffusionPipeline):
@@ -451,7 +526,7 @@ class TexTokPipeline(DiffusionPipeline):
             if not isinstance(given, wanted):
                 names = " or ".join(each.__name__ for each in wanted)
                 raise InputError(f"wanted a {names}, got {type(given).__name__}; a plan is what compiles (plan=Plan())")
-        objective, prediction, schedule = _trained_with(scheduler)
+        objective, prediction, schedule = _trained_with(scheduler, transformer.dit.config.learn_sigma)
         tokenizer = vae.tokenizer if isinstance(vae, AutoencoderTexTok) else latent_tokenizer(vae, transformer.dit)
         models = (transformer.dit, tokenizer, objective)
         if not transformer.dit.config.num_classes:
@@ -464,7 +539,8 @@ class TexTokPipeline(DiffusionPipeline):
         parts = {part: vars(self).get(part) for part in ("transformer", "vae", "scheduler")}
         if name in parts and parts[name] is not None and value is not parts[name]:
             old = _trained_with(parts["scheduler"])
-            if name == "scheduler" and (new := _trained_with(value)) != old:
+            learn_sigma = self.pipeline.generator.config.learn_sigma
+            if name == "scheduler" and (new := _trained_with(value, learn_sigma)) != old:
                 raise InputError(f"this generator was trained as {' '.join(old)}, the scheduler is for {' '.join(new)}")
             if name != "scheduler":
                 self.pipeline = self._assemble(self.pipeline.plan, **{**parts, name: value})
@@ -503,14 +579,20 @@ class TexTokPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Classes by name, as DiTPipeline's."""
-        return dict(sorted((name, index) for index, name in enumerate(self.config.label_names)))
+        """Classes by name, as DiTPipeline's: of one that is called "tench, Tinca tinca" by either."""
+        names = (
+            (name.strip(), index) for index, all_names in enumerate(self.config.label_names) for name in all_names.split(",")
+        )
+        return dict(sorted(dict(names).items()))
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Classes of names, as DiTPipeline's. InputError for a name that no class has."""
         if not isinstance(self.pipeline, ClassToImagePipeline):
             raise InputError("this pipeline generates from captions: it has no classes")
-        return [self.pipeline.label_index(name) for name in ([label] if isinstance(label, str) else label)]
+        labels, names = self.labels, [label] if isinstance(label, str) else list(label)
+        if unknown := [name for name in names if name not in labels]:
+            raise InputError(f"no class {unknown[0]!r}; known: {', '.join(list(labels)[:8]) or 'none by name'}, ...")
+        return [labels[name] for name in names]
 
     @property
     def guidance_scale(self) -> float:
@@ -528,6 +610,7 @@ class TexTokPipeline(DiffusionPipeline):
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
+    @_as_called_in_diffusers
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -536,7 +619,7 @@ class TexTokPipeline(DiffusionPipeline):
         *,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -551,9 +634,11 @@ class TexTokPipeline(DiffusionPipeline):
 
         Args:
             prompt, class_labels: one or several; a model by class decodes with ``prompt``, one for each label, if given.
-                Labels may come in ``prompt``'s place, where DiTPipeline has them.
+                Labels may come in ``prompt``'s place, where DiTPipeline has them, and then by position what it has next:
+                ``guidance_scale``, ``generator``, ``num_inference_steps``, ``output_type`` and ``return_dict``.
             height, width: S, or None.
-            guidance_scale: as in diffusers, 1 and less is no guidance.
+            guidance_scale: as in diffusers, 1 and less is no guidance. None: DiTPipeline's 4 for what that runs, a generator
+                by class over an autoencoder's latents, and no guidance for all others.
             negative_prompt: one, or one for each prompt: what guidance leads away from, for a generator that reads text.
             generator: one, or one for each picture, from which seeds are drawn; None draws them from torch's.
             latents: initial noise, (B, N, d) or (B, C, h, w), standard normal, in place of what the seeds give.
@@ -563,7 +648,8 @@ class TexTokPipeline(DiffusionPipeline):
                 diffusers' schedulers count it, of a flow 1000 t. Latents that it returns in a mapping take the place of
                 those shown, which are copies. With a callback a plan captures each evaluation alone, not the loop.
             callback_on_step_end_tensor_inputs: what is in the mapping, "latents" or nothing.
-            options: further fields of :class:`~textok_fast.inference.SamplingOptions`, such as ``sampler``.
+            options: further fields of :class:`~textok_fast.inference.SamplingOptions`, such as ``sampler``, or
+                ``guided_channels``: DiTPipeline guides all, else it is as many as the generator's configuration says.
 
         Raises: InputError for conditions that the model does not take.
         """
@@ -581,6 +667,9 @@ class TexTokPipeline(DiffusionPipeline):
             raise InputError(f"unknown options {', '.join(unknown)}; known: {known}")
         wanted, run = self._conditions(prompt, class_labels, negative_prompt, num_images_per_prompt)
         options = {"sampler": _SAMPLER_OF[type(self.scheduler).__name__], **options}
+        if guidance_scale is None:
+            as_there = isinstance(self.pipeline, ClassToImagePipeline) and isinstance(self.vae, AutoencoderKL)
+            guidance_scale = 4.0 if as_there else 1.0
         self._interrupt, self._guidance_scale, self._num_timesteps = False, max(guidance_scale, 1.0), num_inference_steps
         how = SamplingOptions(**{**options, "steps": num_inference_steps, "guidance_scale": self._guidance_scale})
         self.pipeline.decode_batch = 1 if self.vae.use_slicing else None

@@ -149,17 +149,21 @@ def load_diffusers_dit(
     """A :class:`DiT` in eval mode from diffusers' DiTTransformer2DModel.
 
     Args:
-        about: its config.json.
+        about: its config.json, with diffusers' defaults for what it does not say: ``norm_eps`` 1e-5.
         frequency_shift: 1, diffusers' own sinusoids of t, gives what diffusers gives; 0 those of the authors' code, with which
             the published weights were trained.
 
-    Raises: InputError naming a missing, unexpected or misshapen key, or embedders that differ from block to block.
+    Raises: InputError naming a missing, unexpected or misshapen key, embedders that differ from block to block, or a
+        ``norm_type`` or ``activation_fn`` that a DiT does not have.
     """
     state = dict(state)
+    for name, wanted in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
+        if (found := about.get(name, wanted)) != wanted:
+            raise InputError(f"config.json: a DiT has {name} {wanted!r}, got {found!r}")
     try:
         heads, p, channels = int(about["num_attention_heads"]), int(about["patch_size"]), int(about["in_channels"])
         width, size, depth = heads * int(about["attention_head_dim"]), int(about["sample_size"]), int(about["num_layers"])
-        c_out = int(about.get("out_channels") or channels)
+        c_out, eps = int(about.get("out_channels") or channels), float(about.get("norm_eps", 1e-5))
     except KeyError as error:
         raise InputError(f"config.json is not diffusers' DiTTransformer2DModel's: {error.args[0]} is missing") from None
     except (ValueError, TypeError) as error:
@@ -207,6 +211,7 @@ def load_diffusers_dit(
         learn_sigma=c_out == 2 * channels,
         guided_channels=guided_channels,
         frequency_shift=frequency_shift,
+        mlp_norm_eps=eps,
     )
     with torch.device("meta"):
         positions = DiT(config).pos_embed.shape
@@ -276,7 +281,7 @@ def to_diffusers_dit(model: DiT) -> nn.Module:
             sample_size=config.input_size,
             patch_size=p,
             num_embeds_ada_norm=config.num_classes,
-            norm_eps=1e-6,
+            norm_eps=config.mlp_norm_eps,
         )
     ours = dict([*model.named_parameters(), *model.named_buffers()])
     rows = config.out_channels * p * p

@@ -14,6 +14,7 @@ import textok_fast
 from textok_fast.config import to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
+from textok_fast.interop.convert import note_calls, unwrapped
 from textok_fast.interop.softvq import ContinuousTokenizer
 from textok_fast.interop.titok import TiTok
 from textok_fast.modeling.dit import DiT
@@ -41,7 +42,7 @@ def model_card(
     name: str,
     licence: str,
     data: str,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
     limits: str = "",
 ) -> str:
     """The card of a model, Markdown with the Hub's front matter: sizes from the model, the rest from you.
@@ -93,7 +94,7 @@ out = dit(x, t, y)"""
             "",
             "| metric | value |",
             "|---|---:|",
-            *(f"| {key} | {value:g} |" for key, value in metrics.items()),
+            *(f"| {key} | {value if isinstance(value, str) else format(value, 'g')} |" for key, value in metrics.items()),
         ]
         lines.append("")
     if limits:
@@ -113,6 +114,7 @@ def push_to_hub(model: Any, repository: str, *, private: bool = False, message: 
     text = model_card(model, name=repository, **card)
     with tempfile.TemporaryDirectory(prefix="textok-push-") as folder:
         _own(model).save_pretrained(folder)
+        note_calls(Path(folder), unwrapped(model)[1])
         write_text(Path(folder, CARD_NAME), text)
         try:
             api = HfApi()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from textok_fast.modeling.saving import misfit
@@ -26,7 +27,8 @@ def read_sizes(
         what: whose weights these are meant to be, for the message.
         known: sizes that are not to be read.
 
-    Raises: InputError naming the keys that are missing, unexpected or of another shape, in the names of ``state``.
+    Raises: InputError naming the keys that are missing, unexpected or of another shape, in the names of ``state``, or whose
+        values are not finite floats.
     """
     sizes, tellers = dict(known or {}), dict[str, list[str]]()
     while votes := _votes(state, layout, sizes):
@@ -41,7 +43,18 @@ def read_sizes(
             problems.append(problem)
     if problems:
         raise misfit(f"these are not the weights of a {what}", problems)
+    if problems := [problem for key in layout if (problem := _no_values(key, state[key]))]:
+        raise misfit(f"these are no weights that a {what} could run with", problems)
     return sizes
+
+
+def _no_values(key: str, value: Tensor) -> str:
+    """Why a tensor's values are no weights, "" where they are."""
+    if not value.is_floating_point():
+        return f"{key} is {str(value.dtype).removeprefix('torch.')}, wanted floats"
+    if value.is_meta:
+        return f"{key} is on the meta device, where it has no values"
+    return "" if bool(torch.isfinite(value.float()).all()) else f"{key} contains NaN or infinity"
 
 
 def count_blocks(state: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> int:

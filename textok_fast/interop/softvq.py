@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from textok_fast.errors import InputError
 from textok_fast.interop.dit import published_heads
 from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
-from textok_fast.interop.vit import config_of, load_texttok, pixel_rows
+from textok_fast.interop.vit import backends_of, config_of, core_of, load_texttok, pixel_rows
 from textok_fast.modeling.tokenizer import TexTok
 
 _PUBLISHED = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24}  # of DINOv2's sizes
@@ -44,8 +44,8 @@ def convert_softvq(
     """A :class:`TexTok` in eval mode from the state dict of a SoftVQ-VAE (with ``quantize.embedding``) or a MAETok (without).
 
     Args:
-        about: its config.json: ``vq_mean`` and ``vq_std``, by which its generators' tokens are normalised, and the defaults of
-            what follows.
+        about: its config.json: ``vq_mean`` and ``vq_std``, by which its generators' tokens are normalised,
+            ``codebook_l2_norm``, and the defaults of what follows.
         heads: attention heads on both sides; None for the published number at each side's width.
         temperature: of the assignment to codes, of SoftVQ-VAE; None is ``tau`` of config.json, else 0.07.
         axial_theta: base of rotary positions by axes, of which the weights hold nothing (those of learned, mixed ones are
@@ -57,7 +57,10 @@ def convert_softvq(
     about = about.get("config", about) if about else {}
     about = about if isinstance(about, dict) else {}
     if axial_theta is None and about.get("use_rope") and not about.get("rope_mixed"):
-        axial_theta = float(about.get("rope_theta", 10.0))
+        axial_theta = _number(about, "rope_theta", 10.0)
+    for name, value in (("axial_theta", axial_theta), ("temperature", temperature)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            raise InputError(f"{name} must be a number above 0, got {value!r}")
     mixed = holds(state, ["encoder.freqs", "decoder.freqs"])
     if mixed and axial_theta is not None:
         raise InputError("axial_theta is for rotary positions by axes, but encoder.freqs are those of learned, mixed ones")
@@ -151,12 +154,29 @@ def convert_softvq(
     if has_codes:
         taken["bottleneck.codebook"] = state["quantize.embedding"]  # (B, K, C)
         options |= {"bottleneck": "softvq", "soft_codebooks": sizes["B"], "codebook_size": sizes["K"]}
-        options["soft_temperature"] = float(about.get("tau", 0.07)) if temperature is None else temperature
-    if (about.get("vq_mean", 0.0), about.get("vq_std", 1.0)) != (0.0, 1.0):
-        options["latent_mean"] = (float(about.get("vq_mean", 0.0)),) * channels
-        options["latent_std"] = (float(about.get("vq_std", 1.0)),) * channels
+        options["soft_temperature"] = _number(about, "tau", 0.07) if temperature is None else float(temperature)
+        options["normalize_codes"] = about.get("codebook_l2_norm", True)
+        if not isinstance(options["normalize_codes"], bool):
+            raise InputError(f"config.json: codebook_l2_norm is true or false, got {options['normalize_codes']!r}")
+    mean, std = _number(about, "vq_mean", 0.0), _number(about, "vq_std", 1.0)
+    if std <= 0:
+        raise InputError(f"config.json: vq_std must be above 0, got {std}")
+    if (mean, std) != (0.0, 1.0):
+        options |= {"latent_mean": (mean,) * channels, "latent_std": (std,) * channels}
     encoder, decoder = ((widths[side], depths[side], counts[side]) for side in sides)
     return load_texttok(config_of(encoder, decoder, options), taken)
+
+
+def _number(about: dict[str, Any], name: str, default: float) -> float:
+    value = about.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"config.json: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _one(values: tuple[float, ...]) -> float | Tensor:
+    """The number that all channels have, else all of them, (C,)."""
+    return values[0] if len(set(values)) == 1 else torch.tensor(values)
 
 
 def _block(width: str, scales: list[str], modulated: bool) -> dict[str, Shape]:
@@ -235,7 +255,7 @@ def _take_blocks(
 
 class ContinuousTokenizer(nn.Module):
     """A tokenizer with the calls of SoftVQ-VAE and MAETok: pictures (B, 3, S, S) in [-1, 1], latents (B, N, C) as their code
-    has them, before the normalisation by ``vq_mean`` and ``vq_std``.
+    has them, before the normalisation by ``vq_mean`` and ``vq_std``, which code that samples applies.
 
     Args:
         tokenizer: a :class:`TexTok`, or an engine of one.
@@ -244,18 +264,26 @@ class ContinuousTokenizer(nn.Module):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.num_latent_tokens, self.codebook_embed_dim = tokenizer.config.num_tokens, tokenizer.config.latent_dim
+        config = tokenizer.config
+        self.num_latent_tokens, self.codebook_embed_dim = config.num_tokens, config.latent_dim
+        self.vq_mean, self.vq_std = _one(config.latent_mean or (0.0,)), _one(config.latent_std or (1.0,))
+
+    def around(self, tokenizer: Any) -> ContinuousTokenizer:
+        """The same calls around another tokenizer, such as an engine of this one's."""
+        return ContinuousTokenizer(tokenizer)
 
     def encode(self, x: Tensor) -> tuple[Tensor, None, None]:
         """x (B, 3, S, S) -> latents (B, N, C), and None for the losses and the statistics that training has."""
         tokens = self.tokenizer.encode(x).as_subclass(Tensor)
-        core = self.tokenizer if isinstance(self.tokenizer, TexTok) else self.tokenizer.model
-        return core.denormalize(tokens), None, None
+        return core_of(self.tokenizer).denormalize(tokens), None, None
 
+    @torch.no_grad()
     def decode(self, quant: Tensor) -> Tensor:
-        """latents (B, N, C) -> pictures (B, 3, S, S), clamped to [-1, 1]."""
-        core = self.tokenizer if isinstance(self.tokenizer, TexTok) else self.tokenizer.model
-        out: Tensor = self.tokenizer.decode(core.normalize(quant.to(self.tokenizer.device, self.tokenizer.dtype)))
+        """latents (B, N, C) -> pictures (B, 3, S, S), not clamped to [-1, 1]. InputError for another shape, dtype or NaN."""
+        core = core_of(self.tokenizer)
+        latents = core._check_tokens(quant).to(core.device, core.dtype)
+        with backends_of(self.tokenizer):
+            out: Tensor = core.decoder(latents, None)
         return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, None]:

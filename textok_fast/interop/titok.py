@@ -7,7 +7,6 @@ first and the last weights.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from textok_fast.errors import InputError
 from textok_fast.interop.dit import published_heads
 from textok_fast.interop.layout import Shape, count_blocks, holds, read_sizes, shape_of
-from textok_fast.interop.vit import config_of, load_texttok, pixel_rows
+from textok_fast.interop.vit import backends_of, config_of, core_of, load_texttok, pixel_rows
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
 
@@ -50,6 +49,8 @@ def convert_titok(
 
     Raises: InputError naming a missing, unexpected or misshapen key, and for a two-stage TiTok, which decodes through a VQGAN.
     """
+    if not isinstance(normalize_codes, bool):
+        raise InputError(f"normalize_codes is true or false, got {normalize_codes!r}")
     second = next((key for key in state if key == "decoder.ffn.2.weight" or key.startswith("pixel_decoder.")), None)
     if second is not None:
         raise InputError(
@@ -200,11 +201,17 @@ class TiTok(nn.Module):
         tokenizer: a :class:`TexTok`, or an engine of one.
     """
 
+    picture_range = "unit"  # as TexTokImageProcessor calls [0, 1]
+
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.quantize_mode = "vae" if tokenizer.config.bottleneck == "kl" else "vq"
         self.num_latent_tokens = tokenizer.config.num_tokens
+
+    def around(self, tokenizer: Any) -> TiTok:
+        """The same calls around another tokenizer, such as an engine of this one's."""
+        return TiTok(tokenizer)
 
     @torch.no_grad()
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
@@ -215,9 +222,9 @@ class TiTok(nn.Module):
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise InputError(f"TiTok takes float pictures (B, 3, S, S) in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
-        core, place = _core(self.tokenizer), self.tokenizer.device
+        core, place = core_of(self.tokenizer), self.tokenizer.device
         pixels = core._check_images(2 * x - 1)
-        with _context(self.tokenizer):
+        with backends_of(self.tokenizer):
             z = core.encoder(pixels.to(place), None)  # (B, N, C or 2 C)
             out = core.bottleneck(z)
         if out.mean is not None and out.logvar is not None:
@@ -236,8 +243,11 @@ class TiTok(nn.Module):
         captions, whose features the tokenizer's text encoder makes so.
         Raises: InputError for another shape, and where text is lacking or unwanted, and for captions without a text encoder.
         """
-        core, config = _core(self.tokenizer), self.tokenizer.config
+        core, config = core_of(self.tokenizer), self.tokenizer.config
         wanted = (config.latent_dim, 1, config.num_tokens)
+        if not isinstance(z_quantized, Tensor) or not z_quantized.is_floating_point():
+            got = getattr(z_quantized, "dtype", type(z_quantized).__name__)
+            raise InputError(f"latents must be a float tensor (B, {', '.join(map(str, wanted))}), got {got}")
         if z_quantized.ndim != 4 or tuple(z_quantized.shape[1:]) != wanted:
             raise InputError(f"latents must be (B, {', '.join(map(str, wanted))}), got {tuple(z_quantized.shape)}")
         text: TextFeatures | None = None
@@ -250,15 +260,17 @@ class TiTok(nn.Module):
         elif text_guidance is not None:
             raise InputError("this tokenizer has no text: leave text_guidance out")
         latents = z_quantized.squeeze(2).transpose(1, 2).to(self.tokenizer.device, core.dtype)  # (B, N, C)
-        with _context(self.tokenizer):
+        with backends_of(self.tokenizer):
             return (core.decoder(latents, text) + 1) / 2
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
         """Indices (B, 1, N) or (B, N) int64, for KL latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
-        core, config = _core(self.tokenizer), self.tokenizer.config
+        core, config = core_of(self.tokenizer), self.tokenizer.config
         if self.quantize_mode == "vae":
             return self.decode(tokens, text_guidance)
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"tokens must be an integer tensor (B, 1, {config.num_tokens}), got {type(tokens).__name__}")
         indices = tokens.squeeze(1) if tokens.ndim == 3 else tokens
         indices = core._check_tokens(indices.long()) if not tokens.is_floating_point() else tokens
         if indices.is_floating_point() or tuple(indices.shape[1:]) != (config.num_tokens,):
@@ -271,15 +283,6 @@ class TiTok(nn.Module):
         """:meth:`encode`, then :meth:`decode`."""
         z, found = self.encode(x)
         return self.decode(z, text_guidance), found
-
-
-def _core(tokenizer: Any) -> Any:
-    """The TexTok itself, or the one inside an engine, whose encoder and decoder are the engine's."""
-    return tokenizer if isinstance(tokenizer, TexTok) else tokenizer.model
-
-
-def _context(tokenizer: Any) -> Any:
-    return contextlib.nullcontext() if isinstance(tokenizer, TexTok) else tokenizer._backends()
 
 
 def _fake_2d(latents: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Once this module is imported, ``AutoImageProcessor.from_pretrained`` knows the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,18 @@ class TexTokImageProcessor(BaseImageProcessor):
 
     Args:
         size: S, or {"height": S, "width": S}; pictures become their center square of S x S.
-        to_range: "signed" for [-1, 1], "bytes" for uint8 (B, S, S, 3), which a TexTok and its engines take as they are.
+        to_range: "signed" for [-1, 1], "unit" for [0, 1], in which TiTok's calls have their pictures, "bytes" for uint8
+            (B, S, S, 3), which a TexTok and its engines take as they are.
     """
 
     model_input_names = ("pixel_values",)
 
     def __init__(self, size: int | Mapping[str, int] = 256, to_range: str = "signed", **kwargs: Any) -> None:
-        if to_range not in ("signed", "bytes"):
-            raise InputError(f"to_range must be signed or bytes, got {to_range!r}")
-        scaled = to_range == "signed"
-        steps: dict[str, Any] = {"do_convert_rgb": True, "do_center_crop": True, "do_resize": True, "do_rescale": scaled}
-        steps |= {"do_normalize": scaled, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+        if to_range not in ("signed", "unit", "bytes"):
+            raise InputError(f"to_range must be signed, unit or bytes, got {to_range!r}")
+        steps: dict[str, Any] = {"do_convert_rgb": True, "do_center_crop": True, "do_resize": True}
+        steps |= {"do_rescale": to_range != "bytes", "do_normalize": to_range == "signed"}
+        steps |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
         self._steps = {**steps, "resample": int(Image.Resampling.LANCZOS)}
         self._require_same(kwargs)
         super().__init__(**{**kwargs, **self._steps})
@@ -57,13 +58,17 @@ class TexTokImageProcessor(BaseImageProcessor):
         return {name: value for name, value in super().to_dict().items() if name != "_steps"}
 
     @classmethod
-    def of(cls, source: TexTok | str | Path, **kwargs: Any) -> TexTokImageProcessor:
-        """For a tokenizer, its engine, or the directory that it was saved in."""
-        path = source if isinstance(source, (str, Path)) else None
-        given = vars(getattr(source, "config", object)) if path is None else read_config(Path(path))
-        if "image_size" not in given:
-            raise InputError(f"wanted a tokenizer or its directory, got {path or type(source).__name__}")
-        return cls(given["image_size"], **kwargs)
+    def of(cls, source: Any, **kwargs: Any) -> TexTokImageProcessor:
+        """For a tokenizer, its engine, what has one as ``tokenizer`` (a :class:`TiTok`, whose range it then has, a pipeline),
+        or the directory that a TexTok was saved in."""
+        if isinstance(source, (str, Path)):
+            size = read_config(Path(source)).get("image_size")
+        else:
+            size = getattr(getattr(getattr(source, "tokenizer", source), "config", None), "image_size", None)
+        if size is None:
+            got = source if isinstance(source, (str, Path)) else type(source).__name__
+            raise InputError(f"wanted a tokenizer or its directory, got {got}")
+        return cls(size, **{"to_range": getattr(source, "picture_range", "signed"), **kwargs})
 
     def preprocess(
         self, images: Any, return_tensors: str | None = "pt", size: int | Mapping[str, int] | None = None, **kwargs: Any
@@ -88,34 +93,58 @@ class TexTokImageProcessor(BaseImageProcessor):
         if return_tensors not in (None, "pt", "np"):
             raise InputError(f"return_tensors must be pt or np, got {return_tensors!r}")
         single = isinstance(images, (Image.Image, str, Path)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3)
+        if not single and not isinstance(images, Iterable):
+            raise InputError(f"wanted pictures, one or several, got {type(images).__name__}")
         many = [images] if single else list(images)
         if not many:
             raise InputError("got no pictures")
         side = (self.size if size is None else _square(size))["height"]
         pixels = torch.from_numpy(np.stack([center_square(_picture(each), side) for each in many]))  # (B, S, S, 3)
         values = pixels if self.to_range == "bytes" else from_uint8(pixels)
+        if self.to_range == "unit":
+            values = (values + 1) / 2
         return BatchFeature({"pixel_values": values.numpy() if return_tensors == "np" else values})
 
-    def post_process(self, images: Tensor) -> list[Image.Image]:
-        """What ``decode`` gives, float (B, 3, S, S) in [-1, 1] or uint8 (B, S, S, 3) -> PIL images."""
-        images = torch.as_tensor(images)
-        pictures = images if images.dtype == torch.uint8 else to_uint8(images)
-        return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
+    def post_process(self, images: Any) -> list[Image.Image]:
+        """What ``decode`` gives, float (B, 3, H, W) in [-1, 1], by "unit" in [0, 1], or uint8 (B, H, W, 3), or one of these
+        without its batch -> PIL images. Numbers beyond the range are clamped to it.
+
+        Raises: InputError for another shape or dtype.
+        """
+        if not isinstance(images, (Tensor, np.ndarray)):
+            raise InputError(f"wanted a tensor or an array of pictures, got {type(images).__name__}")
+        given = torch.as_tensor(images).detach()
+        batch = given.unsqueeze(0) if given.ndim == 3 else given
+        channels = -1 if given.dtype == torch.uint8 else 1
+        known = given.dtype == torch.uint8 or given.is_floating_point()
+        if not known or batch.ndim != 4 or batch.shape[channels] != 3:
+            raise InputError(
+                f"pictures are float (B, 3, H, W) or uint8 (B, H, W, 3), or one of them, got {given.dtype} {tuple(given.shape)}"
+            )
+        if given.dtype != torch.uint8:
+            batch = to_uint8(2 * batch.float() - 1 if self.to_range == "unit" else batch)
+        return [Image.fromarray(picture) for picture in batch.cpu().numpy()]
 
 
 def _square(size: int | Mapping[str, int]) -> dict[str, int]:
-    sides = set(size.values()) if isinstance(size, Mapping) else {int(size)}
-    if len(sides) != 1 or (isinstance(size, Mapping) and not set(size) <= {"height", "width", "shortest_edge"}):
-        raise InputError(f"size must be S or {{'height': S, 'width': S}}, got {size}")
-    (side,) = sides
-    return {"height": side, "width": side}
+    sides = list(size.values()) if isinstance(size, Mapping) else [size]
+    numbers = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    named = not isinstance(size, Mapping) or set(size) <= {"height", "width", "shortest_edge"}
+    if not numbers or not named or len(set(sides)) != 1:
+        raise InputError(f"size must be S or {{'height': S, 'width': S}} with S of at least 1 pixel, got {size!r}")
+    return {"height": sides[0], "width": sides[0]}
 
 
 def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
         return given
     if isinstance(given, (str, Path)):
-        return Image.open(given)
+        try:
+            with Image.open(given) as picture:
+                picture.load()
+                return picture
+        except (OSError, ValueError, Image.DecompressionBombError) as error:  # UnidentifiedImageError is an OSError
+            raise InputError(f"cannot read {given} as a picture: {error}") from None
     array = np.asarray(given)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)

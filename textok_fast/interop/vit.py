@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -29,3 +30,13 @@ def load_texttok(config: TexTokConfig, state: dict[str, Tensor]) -> TexTok:
     model = TexTok(config)
     load_state(model, {name: value.float().contiguous() for name, value in state.items()}, "the given state dict")
     return model.eval()
+
+
+def core_of(tokenizer: Any) -> Any:
+    """The TexTok itself, or the one inside an engine, whose encoder and decoder are the engine's."""
+    return tokenizer if isinstance(tokenizer, TexTok) else tokenizer.model
+
+
+def backends_of(tokenizer: Any) -> Any:
+    """The context that the encoder and the decoder of :func:`core_of` run in."""
+    return contextlib.nullcontext() if isinstance(tokenizer, TexTok) else tokenizer._backends()

@@ -37,7 +37,10 @@ def build_autoencoder(config: Mapping[str, Any] | None = None) -> nn.Module:
         from diffusers import AutoencoderKL
     except ImportError:
         raise InputError("the SD-VAE runs through diffusers: pip install 'textok-fast[bench]'") from None
-    built: nn.Module = AutoencoderKL.from_config(dict(config or SD_VAE))
+    try:
+        built: nn.Module = AutoencoderKL.from_config(dict(config or SD_VAE))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"this is no configuration of an AutoencoderKL: {error}") from None
     return built.eval()
 
 

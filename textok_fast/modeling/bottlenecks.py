@@ -151,16 +151,18 @@ class SoftVQBottleneck(Bottleneck):
 
     Args:
         codebooks: each serves an equal, consecutive part of the tokens.
+        normalize: False takes z and the codes as they are.
     """
 
-    def __init__(self, dim: int, codebook_size: int, codebooks: int, temperature: float) -> None:
+    def __init__(self, dim: int, codebook_size: int, codebooks: int, temperature: float, normalize: bool = True) -> None:
         super().__init__(dim)
-        self.temperature = temperature
+        self.temperature, self.normalize = temperature, normalize
         self.codebook = nn.Parameter(F.normalize(torch.randn(codebooks, codebook_size, dim), dim=-1))  # (C, K, d)
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> BottleneckOutput:
-        codes = F.normalize(self.codebook, dim=-1)  # (C, K, d)
-        parts = F.normalize(z, dim=-1).unflatten(1, (len(codes), -1))  # (B, C, N / C, d)
+        codes = F.normalize(self.codebook, dim=-1) if self.normalize else self.codebook  # (C, K, d)
+        z = F.normalize(z, dim=-1) if self.normalize else z
+        parts = z.unflatten(1, (len(codes), -1))  # (B, C, N / C, d)
         shares = (parts @ codes.detach().transpose(1, 2) / self.temperature).softmax(dim=-1)  # (B, C, N / C, K)
         return BottleneckOutput((shares @ codes).flatten(1, 2), {})
 
@@ -174,5 +176,6 @@ def build_bottleneck(config: TexTokConfig) -> Bottleneck:
     if config.bottleneck == "fsq":
         return FSQBottleneck(config.fsq_levels)
     if config.bottleneck == "softvq":
-        return SoftVQBottleneck(config.latent_dim, config.codebook_size, config.soft_codebooks, config.soft_temperature)
+        sizes = (config.latent_dim, config.codebook_size, config.soft_codebooks)
+        return SoftVQBottleneck(*sizes, config.soft_temperature, config.normalize_codes)
     return IdentityBottleneck(config.latent_dim)

@@ -43,15 +43,27 @@ class LabelEmbedder(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero; with ``cross`` also attention to text tokens between self-attention and MLP."""
+    """Transformer block with adaLN-Zero; with ``cross`` also attention to text tokens between self-attention and MLP.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False, qk_norm: bool = False) -> None:
+    ``mlp_norm_eps``: of the LayerNorm before the MLP; that of the attention has 1e-6.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        cross: bool = False,
+        qk_norm: bool = False,
+        mlp_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.attn = Attention(width, heads, qk_norm)
         self.mlp = Mlp(width, int(width * mlp_ratio), approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.cross_norm = nn.LayerNorm(width, eps=1e-6) if cross else None
         self.cross_attn = CrossAttention(width, heads) if cross else None
+        self.mlp_norm_eps = mlp_norm_eps
 
     def forward(
         self, x: Tensor, hidden: Tensor, modulation: Tensor, following: tuple[Tensor, Tensor], text: TextTokens | None = None
@@ -69,11 +81,11 @@ class DiTBlock(nn.Module):
         _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
         branch = self.attn(hidden)  # (B, N, D)
         if self.cross_attn is None or self.cross_norm is None or text is None:
-            x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, gate1, shift2, scale2)
+            x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, gate1, shift2, scale2, self.mlp_norm_eps)
         else:
             x, hidden = add_and_norm(x, branch, self.cross_norm, gate1)
             branch = self.cross_attn(hidden, text.tokens, text.mask)
-            x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, None, shift2, scale2)
+            x, hidden = ops.gated_residual_layer_norm_modulate(x, branch, None, shift2, scale2, self.mlp_norm_eps)
         return ops.gated_residual_layer_norm_modulate(x, self.mlp(hidden), gate2, *following)
 
 
@@ -112,7 +124,8 @@ class DiT(PretrainedMixin, nn.Module):
         self.image_embedder = nn.Linear(config.image_token_dim, width) if config.image_token_dim else None
         self.image_positions = nn.Parameter(torch.zeros(config.num_image_tokens, width)) if config.image_token_dim else None
         self.blocks = nn.ModuleList(
-            DiTBlock(width, config.heads, config.mlp_ratio, bool(config.text_dim), config.qk_norm) for _ in range(config.depth)
+            DiTBlock(width, config.heads, config.mlp_ratio, bool(config.text_dim), config.qk_norm, config.mlp_norm_eps)
+            for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, config.out_channels * p * p)
         self._init_weights()

@@ -23,6 +23,7 @@ from textok_fast.ops.packed import ACTIVATIONS, PRECISIONS, PackedWeight, packed
 
 # Of the GPU's kernels: tokens a sample and numbers a head of the attention, D of the LayerNorm, rows of the products.
 MAX_TOKENS, MAX_HEAD, MAX_WIDTH, MAX_ROWS = 64, 96, 2048, 256
+EPS = 1e-6  # of a DiT's LayerNorms
 
 
 class PackedBlock(NamedTuple):
@@ -38,6 +39,7 @@ class PackedBlock(NamedTuple):
     fc2: PackedWeight  # hidden -> D
     heads: int
     activation: str  # between fc1 and fc2: "gelu" or "gelu_tanh"
+    mlp_eps: float = EPS  # of the LayerNorm before fc1
 
     @property
     def weights(self) -> tuple[PackedWeight, PackedWeight, PackedWeight, PackedWeight]:
@@ -45,18 +47,18 @@ class PackedBlock(NamedTuple):
 
 
 def packed_block_reference(
-    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`packed_block` by its parts, each with the backend that is chosen for it."""
     _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, D)
     attended = short_attention(packed_linear(hidden, block.qkv), block.heads)  # (B, N, D)
-    x, inner = gated_residual_layer_norm_modulate(x, packed_linear(attended, block.proj), gate1, shift2, scale2, eps)
+    x, inner = gated_residual_layer_norm_modulate(x, packed_linear(attended, block.proj), gate1, shift2, scale2, block.mlp_eps)
     branch = packed_linear(packed_linear(inner, block.fc1, block.activation), block.fc2)  # (B, N, D)
-    return gated_residual_layer_norm_modulate(x, branch, gate2, shift, scale, eps)
+    return gated_residual_layer_norm_modulate(x, branch, gate2, shift, scale, EPS)
 
 
 def packed_block(
-    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A DiT block (Peebles & Xie 2023) from one modulated LayerNorm to the next. Without gradient.
 
@@ -82,10 +84,10 @@ def packed_block(
     if needs_gradient(x, hidden, modulation, shift, scale):
         raise InputError("packed weights have no gradient; call them under torch.no_grad()")
     if choose("packed_block", block, x, hidden, modulation, shift, scale) == REFERENCE:
-        return packed_block_reference(block, x, hidden, modulation, shift, scale, eps)
+        return packed_block_reference(block, x, hidden, modulation, shift, scale)
     given = [tensor for each in block.weights for tensor in (each.weight, each.bias, each.scales) if tensor is not None]
     kind = PRECISIONS.index(block.qkv.precision)
-    return library("native").packed_block(x, hidden, modulation, shift, scale, given, block.heads, kind, block.activation, eps)
+    return library("native").packed_block(x, hidden, modulation, shift, scale, given, block.heads, kind, block.activation, EPS)
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------------
@@ -96,6 +98,8 @@ def _native_rule(block: PackedBlock, x: Tensor, hidden: Tensor, modulation: Tens
         return "the native library is not loaded, or of an older build"
     if any(backend != "native" for name, backend in dispatch.forced().items() if name != "packed_block"):
         return "an operation inside of it may be forced to another backend"
+    if block.mlp_eps != EPS:
+        return f"its LayerNorms have epsilon {EPS}, the one before fc1 was to have {block.mlp_eps}"
     if x.is_cuda:
         return _cuda_rule(block, x, hidden, modulation, shift, scale)
     if any(each.backend != "native" or each.bias is None for each in block.weights):
