@@ -106,6 +106,22 @@ def test_our_own_directories_are_converted_as_what_they_say(golden: Callable[[st
         interop.convert(None, tmp_path / "pipe", tmp_path / "no")
 
 
+def test_parts_of_our_own_pipeline_for_diffusers(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    """A flow, whose scheduler says nothing of a Gaussian generator's noise, and its names."""
+    pytest.importorskip("diffusers")
+    sit, _, config = golden("sit_1d")
+    options: dict[str, Any] = {"heads": config["num_heads"], "tokenizer_options": {"heads": 4}}
+    interop.convert("sit-1d", sit, tmp_path / "pipe", golden("tatitok_vae")[0], **options)
+    pipe: Any = load_pipeline(tmp_path / "pipe")
+    pipe.label_names = ["cow", "hen"]
+    interop.TexTokPipeline.from_textok(pipe).save_pretrained(tmp_path / "saved")
+    interop.convert("sit-1d", tmp_path / "saved" / "transformer", tmp_path / "again", tmp_path / "saved" / "vae")
+    again: Any = load_pipeline(tmp_path / "again")
+    assert (again.objective, again.label_names) == ("flow", ["cow", "hen"])
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler is a flow's"):
+        interop.convert("dit-1d", tmp_path / "saved" / "transformer", tmp_path / "no", tmp_path / "saved" / "vae")
+
+
 def test_the_weights_themselves_are_not_overwritten(golden: Callable[[str], Any], tmp_path: Path) -> None:
     sit, titok = golden("sit_1d")[0], golden("tatitok_vae")[0]
     for name, weights in (("sit", sit), ("p/tokenizer", titok)):

@@ -39,6 +39,11 @@ class Kind:
     options: tuple[str, ...]
     wrap: Callable[[nn.Module], nn.Module] | None = None
 
+    @property
+    def calls(self) -> str:
+        """The name of what ``wrap`` makes, "" for none."""
+        return self.wrap.__name__ if isinstance(self.wrap, type) else ""
+
 
 def _dit(weights: Weights, **options: Any) -> nn.Module:
     return load_dit(weights.state, **options)
@@ -298,7 +303,7 @@ def convert(
         raise InputError(f"{_shown(parts.weights)} does not say how it was trained: give the kind it was ({kinds})")
     objective, published = OBJECTIVES[name]
     prediction = "epsilon"
-    if parts.scheduler is not None:
+    if parts.scheduler is not None and objective == "gaussian":
         prediction, published = gaussian_noise(parts.scheduler)
     if objective == "flow" and schedule is not None:
         raise InputError(f"{name} is a flow, to which no schedule adds noise: leave schedule out")
@@ -329,7 +334,7 @@ def _model_of(kind: str | None, parts: _Parts, options: dict[str, Any]) -> tuple
     if parts.tokenizer is not None and name in GUIDED_CHANNELS:
         options = {"guided_channels": GUIDED_CHANNELS[name], **options}
     built, known = _built(name, found, options)
-    return built, known.wrap.__name__ if isinstance(known.wrap, type) else "", name, known.what
+    return built, known.calls, name, known.what
 
 
 def _decoder_of(source: Source, generator: DiT, options: dict[str, Any]) -> tuple[TexTok | LatentTokenizer, str, str]:
@@ -341,7 +346,7 @@ def _decoder_of(source: Source, generator: DiT, options: dict[str, Any]) -> tupl
         about = f"a {type(ours).__name__} in this library's format"
     else:
         decoder, known = _built(None, read_weights(source), options)
-        calls, about = known.wrap.__name__ if isinstance(known.wrap, type) else "", known.what
+        calls, about = known.calls, known.what
     if is_autoencoder(decoder):
         if "image_size" in options:
             raise InputError("the generator says of which size its pictures are: leave tokenizer.image_size out")
@@ -379,13 +384,14 @@ def _parts(weights: Source, tokenizer: Source | None) -> _Parts:
 
 
 def _label_names(pipeline: Path) -> list[str]:
-    """What DiTPipeline's model_index.json calls the classes, by index; [] where it does not."""
+    """What model_index.json calls the classes, DiTPipeline's or TexTokPipeline's, by index; [] where it does not."""
     try:
-        names = json.loads((pipeline / PIPELINE_NAME).read_text(encoding="utf-8")).get("id2label") or {}
-        by_index = {int(index): str(name) for index, name in names.items()}
-    except (OSError, ValueError, AttributeError) as error:
+        index = json.loads((pipeline / PIPELINE_NAME).read_text(encoding="utf-8"))
+        names = index.get("id2label") or dict(enumerate(index.get("label_names") or []))
+        by_index = {int(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read the names of classes in {pipeline / PIPELINE_NAME}: {error}") from None
-    return [by_index.get(index, str(index)) for index in range(max(by_index, default=-1) + 1)]
+    return [by_index.get(number, str(number)) for number in range(max(by_index, default=-1) + 1)]
 
 
 def _require_elsewhere(out: Path, *sources: Source | None) -> None:
