@@ -182,7 +182,7 @@ def _build(trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions) -> 
         parser = trt.OnnxParser(network, messages.logger)
         if not parser.parse_from_file(str(onnx)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            said = "; ".join(f"{error.node_name() or 'the file'}: {error.desc()}" for error in errors[:3])
+            said = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors[:3])
             raise InputError(f"{to} {trt.__version__} cannot read {onnx}: {said}")
         precision = _precision(trt, network)
         config = builder.create_builder_config()
