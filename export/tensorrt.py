@@ -17,6 +17,8 @@ import hashlib
 import importlib
 import json
 import logging
+import mmap
+import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,7 +96,7 @@ class EngineFile:
     to: "tensorrt" or "tensorrt-rtx", at ``version``.
     targets: compute capabilities it runs on; of ``gpu`` alone where that is not None.
     gpu: name of the GPU it was built and timed on.
-    onnx, onnx_sha256: the file it was built from, and the hash of it with its external weights.
+    onnx, sources: the file it was built from, and the SHA-256 of it and of the files with its weights, by their names.
     bytes, sha256: of the engine.
     precision: the narrowest type in the network: fp32, fp16, bf16, int8 or fp8.
     inputs, outputs: in the graph's order, names to [dtype of torch, shape], free sizes by their names, "" where they have none.
@@ -107,7 +109,7 @@ class EngineFile:
     targets: list[str]
     gpu: str | None
     onnx: str
-    onnx_sha256: str
+    sources: dict[str, str]
     bytes: int
     sha256: str
     precision: str
@@ -219,7 +221,7 @@ def _build(trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions) -> 
             targets=targets,
             gpu=gpu,
             onnx=onnx.name,
-            onnx_sha256=hash_onnx(onnx),
+            sources={file.name: _sha256(file) for file in onnx_files(onnx)},
             bytes=data.nbytes,
             sha256=hashlib.sha256(data).hexdigest(),
             precision=precision,
@@ -323,15 +325,19 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def hash_onnx(path: Path) -> str:
-    """SHA-256 of an ONNX file followed by its external weights, ``NAME.onnx.data``, where it has them."""
-    digest = hashlib.sha256()
-    for part in (path, path.with_name(f"{path.name}.data")):
-        if part.is_file():
-            with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+def onnx_files(path: Path) -> list[Path]:
+    """An ONNX file and those beside it that hold its weights, where they are external; needs no package ``onnx``."""
+    with path.open("rb") as file, contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
+        # TensorProto.external_data: entries of a key (field 1) and a value (field 2), each behind its length.
+        entries = re.finditer(rb"\n\x08location\x12(?=(.)(.{1,127}))", data, re.DOTALL)
+        names = {entry[2][: entry[1][0]].decode("utf-8", "replace") for entry in entries}
+    # What only looks like an entry, in the middle of weights, names no file.
+    return [path, *(file for file in sorted(path.parent.iterdir()) if file.name in names)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def this_gpu() -> tuple[str, str] | None:
@@ -421,7 +427,7 @@ def read_about(engine: Path) -> EngineFile:
 def why_not_here(engine: Path, about: EngineFile, version: str, gpu: tuple[str, str] | None) -> str:
     """Why an engine does not run with ``version`` of its library on ``gpu`` (:func:`this_gpu`), or "".
 
-    An engine whose ONNX file lies beside it and has changed does not fit either.
+    An engine beside which lie other ONNX files or weights than it was built from does not fit either.
     """
     if not engine.is_file() or engine.stat().st_size != about.bytes:
         return f"{engine.name} is missing or cut short"
@@ -433,9 +439,9 @@ def why_not_here(engine: Path, about: EngineFile, version: str, gpu: tuple[str, 
         return f"it was built for {', '.join(about.targets)}, this GPU is {gpu[0]} ({gpu[1]})"
     if about.gpu not in (None, gpu[1]):
         return f"it was built and timed on {about.gpu}, this GPU is {gpu[1]}"
-    onnx = engine.with_name(about.onnx)
-    if onnx.is_file() and hash_onnx(onnx) != about.onnx_sha256:
-        return f"{about.onnx} has changed since it was built"
+    for name, digest in about.sources.items():
+        if engine.with_name(name).is_file() and _sha256(engine.with_name(name)) != digest:
+            return f"{name} has changed since it was built"
     return ""
 
 

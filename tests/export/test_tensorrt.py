@@ -66,7 +66,7 @@ def test_encoder_decoder_and_generator_build_for_every_target_without_a_gpu(
         data = path.read_bytes()
         assert (about.bytes, about.sha256) == (len(data), hashlib.sha256(data).hexdigest())
         assert (about.targets, about.gpu, about.precision) == ([target], None, "fp32")
-        assert about.onnx_sha256 == hashlib.sha256((exported / about.onnx).read_bytes()).hexdigest()
+        assert about.sources == {about.onnx: hashlib.sha256((exported / about.onnx).read_bytes()).hexdigest()}
         assert about.profiles == [{name: list(size) for name, size in SIZES.items()}]
         assert read_about(path) == about  # what lies beside it
         assert "INFO: " in path.with_name(f"{path.name}.log").read_text(encoding="utf-8")
@@ -338,13 +338,17 @@ def test_why_an_engine_does_not_fit(fake: Callable[..., Any], decoder: Path) -> 
     assert why_not_here(path, about, "10.0", GPU) == "decoder.engine is missing or cut short"
 
 
-def test_external_weights_are_part_of_the_hash(tmp_path: Path) -> None:
-    path = tmp_path / "x.onnx"
-    path.write_bytes(b"graph")
-    alone = tensorrt.hash_onnx(path)
-    path.with_name("x.onnx.data").write_bytes(b"weights")
-    assert alone == hashlib.sha256(b"graph").hexdigest()
-    assert tensorrt.hash_onnx(path) == hashlib.sha256(b"graphweights").hexdigest()
+def test_external_weights_are_part_of_what_an_engine_was_built_from(fake: Callable[..., Any], decoder: Path) -> None:
+    model = onnx.load(str(decoder / "decoder.onnx"))
+    onnx.save(model, str(decoder / "decoder.onnx"), save_as_external_data=True, location="shared.data", size_threshold=0)
+    fake()
+    ((path, about),) = build_engines(decoder)
+    assert about.sources == {
+        name: hashlib.sha256((decoder / name).read_bytes()).hexdigest() for name in ("decoder.onnx", "shared.data")
+    }
+    with (decoder / "shared.data").open("ab") as file:
+        file.write(b"more")
+    assert why_not_here(path, about, "10.0", GPU) == "shared.data has changed since it was built"
 
 
 def test_damaged_engines(fake: Callable[..., Any], decoder: Path) -> None:
