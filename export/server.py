@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from textok_fast.config import DiTConfig, TexTokConfig, from_mapping
 from textok_fast.diffusion import build_process, sampler_program
+from textok_fast.diffusion.process import Process
 from textok_fast.errors import InputError
 from textok_fast.export.tensorrt import onnx_files, read_about
 from textok_fast.files import write_atomically, write_text
@@ -164,7 +165,7 @@ def _find(directory: Path, graph: str, options: ServerOptions) -> Network | None
     if options.backend != "onnxruntime" and engine.is_file():
         about = read_about(engine)
         if about.to == "tensorrt":
-            batch = min(sizes["batch"][2] for sizes in about.profiles if "batch" in sizes)
+            batch = max(sizes["batch"][2] for sizes in about.profiles if "batch" in sizes)
             sides = [
                 {
                     name: Tensor(dtype, tuple(size if isinstance(size, int) else -1 for size in shape))
@@ -276,13 +277,6 @@ def _write_generate(
         pipeline["objective"], generator.learn_sigma, pipeline.get("prediction", "epsilon"), pipeline.get("schedule", "linear")
     )
     sampler = options.sampler or ("euler" if process.objective == "flow" else "ddpm")
-    programs = {}
-    for steps in options.steps:
-        # Guidance at any scale: 2 marks the evaluations to which a request's own applies.
-        made = sampler_program(process, sampler, 2.0, options.guidance_interval, steps=steps)
-        mix = None if made.mix is None else made.mix.tolist()
-        table, times = made.table.tolist(), made.times.float().tolist()
-        programs[str(steps)] = {"table": table, "times": times, "mix": mix, "noisy": made.noisy, "guided": made.guided}
     conditions = ["label"] if generator.num_classes else ["prompt"] if text is not None else ["text"]
     settings = {
         "shape": [generator.num_tokens, generator.in_channels],
@@ -297,7 +291,7 @@ def _write_generate(
         "guidance_scale": options.guidance_scale,
         "sampler": sampler,
         "steps": options.steps[0],
-        "programs": programs,
+        "programs": {str(steps): _program(process, sampler, steps, options.guidance_interval) for steps in options.steps},
     }
     write_text(place / "1" / "settings.json", json.dumps(settings, ensure_ascii=False) + "\n")
     write_text(place / "1" / "model.py", (SCRIPTS / "triton_model.py").read_text(encoding="utf-8"))
@@ -327,6 +321,14 @@ def _write_generate(
         "dynamic_batching": {"max_queue_delay_microseconds": options.queue_delay},
     }
     write_text(place / "config.pbtxt", text_format(config))
+
+
+def _program(process: Process, sampler: str, steps: int, interval: tuple[float, float] | None) -> dict[str, Any]:
+    """A :class:`textok_fast.diffusion.SamplerProgram` as JSON; ``guided`` marks where a request's guidance scale applies."""
+    made = sampler_program(process, sampler, 2.0, interval, steps=steps)  # 2: any scale but 1
+    mix = None if made.mix is None else made.mix.tolist()
+    table, times = made.table.tolist(), made.times.float().tolist()
+    return {"table": table, "times": times, "mix": mix, "noisy": made.noisy, "guided": made.guided}
 
 
 def _request_input(name: str, dtype: str, dims: Sequence[int] = (1,), optional: bool = True) -> dict[str, Any]:

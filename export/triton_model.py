@@ -1,4 +1,4 @@
-"""The model ``generate`` of a Triton Inference Server: prompts or labels in, pictures out. It scripts the server's other models.
+"""The model ``generate`` of a Triton Inference Server: prompts or labels in, pictures out. It calls the other models there.
 
 :func:`textok_fast.export.server.write_repository` copies this file into the model repository. The server runs it in its Python
 backend, without textok_fast and without torch: it needs numpy, and ``tokenizers`` where prompts are encoded. Each step of the

@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime", reason=REASON)
 pytest.importorskip("onnxscript", reason=REASON)
 
 import fake_tensorrt  # noqa: E402
-from tiny_export import NAMES, export_all, tiny_dit  # noqa: E402
+from tiny_export import NAMES, export_once  # noqa: E402
 
 from textok_fast.export import tensorrt  # noqa: E402
 from textok_fast.export.tensorrt import (  # noqa: E402
@@ -47,9 +47,7 @@ SIZES = {"batch": (1, 2, 4), "text_length": (1, 4, 8)}
 
 @pytest.fixture(scope="module")
 def exported(make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("exported")
-    export_all(make_tokenizer(encoder_depth=1, decoder_depth=1), tiny_dit(), directory)
-    return directory
+    return export_once(make_tokenizer, tmp_path_factory)
 
 
 # -- TensorRT-RTX itself -------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,10 @@ from textok_fast.modeling.text_encoders import TextFeatures
 NAMES = ("decoder", "encoder", "forward")
 
 
-def tiny_dit() -> DiT:
-    """A generator of the tiny tokenizer's 3 tokens of 4 channels, for 5 classes and captions, its weights seeded."""
+def tiny_dit(num_classes: int = 5, text_dim: int = 8) -> DiT:
+    """A generator of the tiny tokenizer's 3 tokens of 4 channels, for classes and captions, its weights seeded."""
     torch.manual_seed(1)
-    dit = DiT(DiTConfig(num_tokens=3, in_channels=4, width=16, depth=1, heads=2, num_classes=5, text_dim=8))
+    dit = DiT(DiTConfig(num_tokens=3, in_channels=4, width=16, depth=1, heads=2, num_classes=num_classes, text_dim=text_dim))
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -27,41 +29,59 @@ def tiny_dit() -> DiT:
 
 
 class Forward(nn.Module):
-    """x, t, y, text, text_mask -> output: forward.onnx."""
+    """x, t, y, text, text_mask -> output: forward.onnx, without what the generator does not read."""
 
     def __init__(self, dit: DiT) -> None:
         super().__init__()
         self.dit = dit
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        assert self.dit.text_embedder is not None
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
         modulations = self.dit.modulation(self.dit.condition(t, y))
-        tokens = self.dit.text_embedder(TextFeatures(text, text_mask), x.shape[0])
+        tokens = None
+        if text is not None and text_mask is not None and self.dit.text_embedder is not None:
+            tokens = self.dit.text_embedder(TextFeatures(text, text_mask), x.shape[0])
         return self.dit.step(x, modulations, tokens, None)
 
 
-def export_all(tokenizer: TexTok, dit: DiT, directory: Path) -> None:
-    """encoder.onnx, decoder.onnx and forward.onnx with free ``batch`` and ``text_length``."""
+def export_once(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """encoder.onnx, decoder.onnx and forward.onnx of ``tiny_dit`` and a tokenizer of one block a side, once a process."""
+    directory = tmp_path_factory.getbasetemp() / "tiny_export"
+    if directory.is_dir():
+        return directory
+    directory.mkdir()
+    tokenizer = make_tokenizer(encoder_depth=1, decoder_depth=1)
     export_encoder(tokenizer, directory / "encoder.onnx")
     export_decoder(tokenizer, directory / "decoder.onnx")
-    graph = Forward(dit).eval()
+    export_generator(tiny_dit(), directory)
+    return directory
+
+
+def export_generator(dit: DiT, directory: Path) -> None:
+    """forward.onnx with free ``batch`` and ``text_length``."""
+    inputs = {"x": torch.randn(2, 3, 4), "t": torch.tensor([1.0, 500.0])}
+    if dit.config.num_classes:
+        inputs["y"] = torch.tensor([0, dit.config.num_classes])
+    if dit.config.text_dim:
+        inputs |= {"text": torch.randn(2, 5, dit.config.text_dim), "text_mask": torch.ones(2, 5, dtype=torch.bool)}
+    export_module(Forward(dit), inputs, "output", directory / "forward.onnx")
+
+
+def export_module(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
+    """Inputs of captions (text, text_mask, input_ids, attention_mask) have a free second size."""
     batch, length = torch.export.Dim("batch"), torch.export.Dim("text_length")
-    inputs = {
-        "x": torch.randn(2, 3, 4),
-        "t": torch.tensor([1.0, 500.0]),
-        "y": torch.tensor([0, 5]),
-        "text": torch.randn(2, 5, 8),
-        "text_mask": torch.ones(2, 5, dtype=torch.bool),
-    }
-    free = {name: {0: batch, 1: length} if name.startswith("text") else {0: batch} for name in inputs}
     torch.onnx.export(
-        graph,
+        module.eval(),
         (),
-        str(directory / "forward.onnx"),
+        str(path),
         kwargs=inputs,
         input_names=list(inputs),
-        output_names=["output"],
-        dynamic_shapes=free,
+        output_names=[output],
+        dynamic_shapes={
+            name: {0: batch, 1: length} if name.startswith(("text", "input_ids", "attention")) else {0: batch}
+            for name in inputs
+        },
         opset_version=20,
         dynamo=True,
         external_data=False,
