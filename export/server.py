@@ -31,7 +31,7 @@ from textok_fast.files import write_atomically, write_text
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
 MODELS = {"encoder": "encoder", "decoder": "decoder", "generator": "forward", "text": "text"}  # model: graph
-TEXT_LENGTH = 16  # of warm-up captions: the shortest that ``generate`` sends
+TEXT_LENGTH = 16  # to a multiple of which ``generate`` pads captions
 SCRIPTS = Path(__file__).parent
 INSTANCES = 4  # of ``generate``, each a process that runs the requests which arrive together side by side
 
@@ -122,10 +122,11 @@ def write_repository(directory: str | Path, out: str | Path, options: ServerOpti
     out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out, prefix=".model_repository."))
     try:
+        length = _shortest_text(manifest)
         served = {}
         for model, graph in MODELS.items():
             if network := _find(directory, graph, options):
-                _write_network(work / model, model, network, options)
+                _write_network(work / model, model, network, options, length)
                 served[model] = network
         if not served:
             raise InputError(f"{directory} holds none of {', '.join(MODELS.values())}: run textok-fast export --to onnx first")
@@ -212,7 +213,12 @@ def _signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors(graph.input), tensors(graph.output)
 
 
-def _write_network(place: Path, name: str, network: Network, options: ServerOptions) -> None:
+def _shortest_text(manifest: Mapping[str, Any]) -> int:
+    """What short captions are padded to: a multiple of 16, unless a caption has fewer tokens at most."""
+    return min(TEXT_LENGTH, (manifest.get("tokenizer") or {}).get("max_text_tokens", TEXT_LENGTH))
+
+
+def _write_network(place: Path, name: str, network: Network, options: ServerOptions, length: int) -> None:
     version = place / "1"
     version.mkdir(parents=True)
     graph, *weights = network.files
@@ -232,7 +238,7 @@ def _write_network(place: Path, name: str, network: Network, options: ServerOpti
         "instance_group": [group],
         "dynamic_batching": {"preferred_batch_size": batches, "max_queue_delay_microseconds": options.queue_delay},
         # Memory is found and kernels are chosen, or compiled, before the first request.
-        "model_warmup": [_warmup(network, size) for size in dict.fromkeys((1, batches[-1]))],
+        "model_warmup": [_warmup(network, size, length) for size in dict.fromkeys((1, batches[-1]))],
     }
     write_text(place / "config.pbtxt", text_format(config))
 
@@ -244,14 +250,14 @@ def _tensor_config(name: str, tensor: Tensor) -> dict[str, Any]:
     return config if dims else {**config, "reshape": {"shape": []}}
 
 
-def _warmup(network: Network, batch: int) -> dict[str, Any]:
+def _warmup(network: Network, batch: int, length: int) -> dict[str, Any]:
     """Zeros: a picture in grey, class 0, and a caption whose tokens are all padding, which is the null caption."""
     inputs = [
         {
             "key": name,
             "value": {
                 "data_type": Word(_TYPES[tensor.dtype]),
-                "dims": [TEXT_LENGTH if size == -1 else size for size in tensor.shape[1:]] or [1],
+                "dims": [length if size == -1 else size for size in tensor.shape[1:]] or [1],
                 "zero_data": True,
             },
         }
@@ -286,6 +292,7 @@ def _write_generate(
         "decoder_text": "text" in decoder_inputs,
         "text_dim": tokenizer.text_dim if reads_text else 0,
         "text": text,
+        "null_length": _shortest_text(manifest),
         "captions": pipeline.get("captions", {}),
         "conditions": conditions,
         "guidance_scale": options.guidance_scale,

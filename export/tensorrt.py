@@ -71,8 +71,9 @@ _PRECISIONS = {"FP8": "fp8", "INT8": "int8", "BF16": "bf16", "HALF": "fp16", "FL
 class BuildOptions:
     """How engines are built.
 
-    profiles: the sizes each engine serves, see :data:`PROFILE`, whose entries hold where one of these has none. The first that
-        suits an input runs it, so that a narrow one for small batches comes before a wide one.
+    profiles: the sizes each engine serves, see :data:`PROFILE`, whose entries hold where one of these has none (captions as far
+        as the exported models take them). The first that suits an input runs it, so that a narrow one for small batches comes
+        before a wide one.
     targets: GPUs by compute capability, as "sm_89". TensorRT-RTX only; None is the GPU at hand, and without one
         :data:`TARGETS`, in FP8 :data:`FP8_TARGETS`.
     refit: weights can be replaced later. TensorRT-RTX needs a GPU for that.
@@ -163,7 +164,22 @@ def build_engines(
     if not found:
         raise InputError(f"{directory} holds no ONNX file: run textok-fast export --to onnx first")
     out.mkdir(parents=True, exist_ok=True)
-    return [_build(trt, to, directory / f"{name}.onnx", out / f"{name}.engine", options) for name in names or found]
+    return [
+        _build(trt, to, directory / f"{name}.onnx", out / f"{name}.engine", options, _longest_text(directory, name))
+        for name in names or found
+    ]
+
+
+def _longest_text(directory: Path, name: str) -> int:
+    """Tokens of the longest caption that the graph ``name`` meets, by what export.json says of its models."""
+    most = PROFILE["text_length"][2]
+    with contextlib.suppress(OSError):
+        about = json.loads((directory / "export.json").read_text(encoding="utf-8"))
+        tokenizer, text = about.get("tokenizer") or {}, about.get("text") or {}
+        most = tokenizer.get("max_text_tokens", most)
+        if name == "text":  # what is cut off later, between the clauses of a caption, is encoded too
+            most = min(most + text.get("special", 0), text.get("max_positions") or most + text.get("special", 0))
+    return most
 
 
 def import_module(to: str) -> Any:
@@ -176,7 +192,9 @@ def import_module(to: str) -> Any:
         raise InputError(f"{to} is not installed ({error}): pip install {to}") from None
 
 
-def _build(trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions) -> BuiltEngine:
+def _build(
+    trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions, longest_text: int = PROFILE["text_length"][2]
+) -> BuiltEngine:
     with _BuilderLog(trt, path.with_name(f"{path.name}.log")) as messages:
         start = time.perf_counter()
         builder = trt.Builder(messages.logger)
@@ -189,7 +207,9 @@ def _build(trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions) -> 
         precision = _precision(trt, network)
         config = builder.create_builder_config()
         targets, gpu = _set_targets(trt, to, config, options, precision)
-        profiles = [_add_profile(builder, config, network, given, onnx) for given in options.profiles]
+        low, usual, _ = PROFILE["text_length"]
+        known = {**PROFILE, "text_length": (low, min(usual, longest_text), longest_text)}
+        profiles = [_add_profile(builder, config, network, {**known, **given}, onnx) for given in options.profiles]
         if options.refit:
             if to == "tensorrt-rtx" and not torch.cuda.is_available():
                 raise InputError(
@@ -203,8 +223,8 @@ def _build(trt: Any, to: str, onnx: Path, path: Path, options: BuildOptions) -> 
         times = None if options.timing_cache is None or to != "tensorrt" else Path(options.timing_cache)
         if times is not None:
             # One of another version or GPU is refused by set_timing_cache, or its entries are passed over: both do no harm.
-            known = config.create_timing_cache(times.read_bytes() if times.is_file() else b"")
-            if not config.set_timing_cache(known, False):
+            cache = config.create_timing_cache(times.read_bytes() if times.is_file() else b"")
+            if not config.set_timing_cache(cache, False):
                 config.set_timing_cache(config.create_timing_cache(b""), False)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
@@ -276,9 +296,8 @@ def _set_targets(trt: Any, to: str, config: Any, options: BuildOptions, precisio
     return targets, None
 
 
-def _add_profile(builder: Any, config: Any, network: Any, given: Profile, onnx: Path) -> dict[str, list[int]]:
+def _add_profile(builder: Any, config: Any, network: Any, sizes: Profile, onnx: Path) -> dict[str, list[int]]:
     """Adds an optimization profile; returns the sizes that it gives the network's free dimensions."""
-    sizes = {**PROFILE, **given}
     for name, size in sizes.items():
         if len(size) != 3 or not 1 <= size[0] <= size[1] <= size[2]:
             raise InputError(f"the sizes of {name!r} must be three, 1 <= smallest <= most frequent <= largest, got {size}")

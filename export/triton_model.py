@@ -149,7 +149,8 @@ class TritonPythonModel:
             if mask.shape != text.shape[:2]:
                 raise RequestError(f"text_mask must be {text.shape[:2]}, as text is {text.shape}; got {mask.shape}")
             return text, mask
-        return np.zeros((count, MULTIPLE, width), np.float32), np.zeros((count, MULTIPLE), np.bool_)
+        length = self.settings["null_length"]
+        return np.zeros((count, length, width), np.float32), np.zeros((count, length), np.bool_)
 
     async def _features(self, captions: list[str]) -> tuple[Array, Array]:
         """As ``textok_fast``'s TextEncoder has them: clause by clause where captions are split, padded to a multiple of 16."""

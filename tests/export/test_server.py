@@ -49,7 +49,7 @@ def write_manifest(directory: Path, pipeline: TextToImagePipeline | ClassToImage
         pipeline.save_about(directory)
         content["pipeline"] = json.loads((directory / "pipeline.json").read_text(encoding="utf-8"))
         content |= {"tokenizer": to_dict(pipeline.tokenizer.config), "generator": to_dict(pipeline.generator.config)}
-        content["text"] = {"max_positions": 32}
+        content["text"] = {"max_positions": 32, "special": 2}
     (directory / "export.json").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -247,6 +247,7 @@ def test_prompts_are_encoded_on_the_server(
         assert names == ["decoder", "encoder", "generate", "generator", "text"]
         served = fake_triton.Server(tmp_path / "model_repository")
         served.models["text"].warm_up()
+        assert served.models["decoder"].config["model_warmup"][0]["inputs"][1]["value"][0]["dims"] == [7, 8]  # the longest
         # One with clauses, one of unknown words, one that is cut.
         prompts = ["a red disc; blue square left", "green", "a a a a red; red red red red; blue blue blue"]
         negative = ["blue", "a square", "a disc on a square; left"]
@@ -482,6 +483,23 @@ def test_the_client_asks_for_pictures(
     write_repository(exported, tmp_path, ServerOptions(steps=STEPS))
     served = fake_triton.Server(tmp_path / "model_repository")
 
+    fake = fake_client(served)
+    monkeypatch.setitem(sys.modules, "tritonclient", ModuleType("tritonclient"))
+    monkeypatch.setitem(sys.modules, "tritonclient.http", fake)
+    monkeypatch.setattr(sys.modules["tritonclient"], "http", fake, raising=False)
+    client = load_client(tmp_path / "client.py")
+    out = tmp_path / "made.png"
+    options = {"label": 3, "seed": 5, "steps": 4, "guidance-scale": 2.0, "count": 2, "url": "there:8000", "out": out}
+    client.main([f"--{name}={value}" for name, value in options.items()])
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/made-{i}.png (seed {5 + i})" for i in range(2)]
+    (wanted,) = served.infer({"label": [3, 3], "seed": [5, 6], "steps": [4, 4], "guidance_scale": [2.0, 2.0]})
+    for i in range(2):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"made-{i}.png")), wanted["image"][i])
+
+
+def fake_client(served: fake_triton.Server) -> Any:
+    """The part of tritonclient.http that the client uses, in front of a server in this process."""
+
     class InferInput:
         def __init__(self, name: str, shape: list[int], datatype: str) -> None:
             self.name, self.shape, self.datatype = name, shape, datatype
@@ -492,26 +510,44 @@ def test_the_client_asks_for_pictures(
             self.array = array
 
     class Client:
-        def __init__(self, url: str, network_timeout: float) -> None:
-            assert url == "there:8000"
+        def __init__(self, url: str, network_timeout: float = 60.0) -> None:
+            assert url in ("there:8000", "localhost:8000")
 
         def infer(self, model: str, inputs: list[InferInput], outputs: list[str]) -> Any:
             assert (model, outputs) == ("generate", ["image", "seed"])
             (result,) = served.infer({tensor.name: tensor.array for tensor in inputs})
             return SimpleNamespace(as_numpy=lambda name: result[name])
 
-    fake = SimpleNamespace(InferInput=InferInput, InferRequestedOutput=str, InferenceServerClient=Client)
-    monkeypatch.setitem(sys.modules, "tritonclient", ModuleType("tritonclient"))
-    monkeypatch.setitem(sys.modules, "tritonclient.http", fake)
-    monkeypatch.setattr(sys.modules["tritonclient"], "http", fake, raising=False)
-    spec = importlib.util.spec_from_file_location("served_client", tmp_path / "client.py")
+    return SimpleNamespace(InferInput=InferInput, InferRequestedOutput=str, InferenceServerClient=Client)
+
+
+def load_client(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("served_client", path)
     assert spec is not None and spec.loader is not None
     client = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(client)
-    out = tmp_path / "made.png"
-    options = {"label": 3, "seed": 5, "steps": 4, "guidance-scale": 2.0, "count": 2, "url": "there:8000", "out": out}
-    client.main([f"--{name}={value}" for name, value in options.items()])
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/made-{i}.png (seed {5 + i})" for i in range(2)]
-    (wanted,) = served.infer({"label": [3, 3], "seed": [5, 6], "steps": [4, 4], "guidance_scale": [2.0, 2.0]})
-    for i in range(2):
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"made-{i}.png")), wanted["image"][i])
+    return client
+
+
+def test_the_examples_of_the_document(
+    exported: Path, tmp_path: Path, without_utilities: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    write, ask, build = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    shutil.copytree(exported, "exported")
+    exec(write, {})
+    fake = fake_client(fake_triton.Server(tmp_path / "serving" / "model_repository"))
+    for name, module in (("tritonclient", SimpleNamespace(http=fake)), ("tritonclient.http", fake)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "client", load_client(tmp_path / "serving" / "client.py"))
+    names: dict[str, Any] = {}
+    exec(ask, names)
+    assert names["pictures"].shape == (2, 16, 16, 3) and len(set(names["seeds"])) == 2
+    options = [field.name for field in dataclasses.fields(ServerOptions)]
+    assert sorted(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", text.split("## Batches")[1], re.MULTILINE)))
+    ) == sorted(options)
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        exec(build, {})
+        assert tensorrt.read_about(tmp_path / "engines" / "decoder.engine").targets == ["sm_89", "sm_120"]

@@ -229,6 +229,17 @@ def test_what_the_builder_is_told(fake: Callable[..., Any], decoder: Path) -> No
     assert times.read_bytes() == b"+"
 
 
+def test_captions_are_as_long_as_the_models_take_them(fake: Callable[..., Any], decoder: Path) -> None:
+    fake()
+    shutil.copy(decoder / "decoder.onnx", decoder / "text.onnx")
+    for text, longest in (({"special": 2, "max_positions": 512}, 79), ({"special": 2, "max_positions": 77}, 77), (None, 77)):
+        (decoder / "export.json").write_text(json.dumps({"tokenizer": {"max_text_tokens": 77}, "text": text}))
+        built = {path.stem: about.profiles[0]["text_length"] for path, about in build_engines(decoder)}
+        assert built == {"decoder": [1, 32, 77], "text": [1, 32, longest]}
+    (decoder / "export.json").write_text(json.dumps({"tokenizer": {"max_text_tokens": 20}}))
+    assert build_engines(decoder, names=["decoder"])[0].about.profiles[0]["text_length"] == [1, 20, 20]
+
+
 def test_full_tensorrt_builds_for_the_gpu_at_hand_alone(
     fake: Callable[..., Any], decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
