@@ -48,7 +48,7 @@ Profile = Mapping[str, Range]  # by the name of a free dimension
 PROFILE: dict[str, Range] = {
     "batch": (1, 8, 64),
     "text_length": (1, 32, 256),
-    "rows": (1, 64, 1024),  # of modulation.onnx: evaluations times conditions
+    "rows": (1, 64, 2048),  # of modulation.onnx: evaluations times conditions
     "evaluations": (1, 50, 1000),  # of sampler.onnx's table
 }
 
@@ -173,12 +173,18 @@ def build_engines(
 def _longest_text(directory: Path, name: str) -> int:
     """Tokens of the longest caption that the graph ``name`` meets, by what export.json says of its models."""
     most = PROFILE["text_length"][2]
-    with contextlib.suppress(OSError):
-        about = json.loads((directory / "export.json").read_text(encoding="utf-8"))
+    path = directory / "export.json"
+    if not path.is_file():
+        return most
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
         tokenizer, text = about.get("tokenizer") or {}, about.get("text") or {}
-        most = tokenizer.get("max_text_tokens", most)
-        if name == "text":  # what is cut off later, between the clauses of a caption, is encoded too
-            most = min(most + text.get("special", 0), text.get("max_positions") or most + text.get("special", 0))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    most = tokenizer.get("max_text_tokens", most)
+    if name == "text":  # a clause of a caption is encoded with special tokens, which are then dropped
+        most += text.get("special", 0)
+        most = min(most, text.get("max_positions") or most)
     return most
 
 
@@ -518,7 +524,7 @@ class EngineProgram:
     """
 
     def __init__(self, trt: Any, engine: Path, about: EngineFile, device: torch.device) -> None:
-        self.about, self.device = about, device
+        self.about, self.device, self._trt = about, device, trt
         self.inputs, self.outputs = list(about.inputs), list(about.outputs)
         self._messages: list[str] = []
         self._logger = _logger(trt, self._add_message)  # the runtime keeps no reference of its own
@@ -548,11 +554,44 @@ class EngineProgram:
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its outputs by name.
 
-        Floating inputs are converted to the type the engine reads, and those that are not contiguous copied; others are read in
-        place. Raises InputError for other names, devices, types, and shapes that no profile has room for.
+        More samples than the widest profile has are run in parts. Floating inputs are converted to the type the engine reads,
+        and those that are not contiguous copied; others are read in place. Raises InputError for other names, devices, types,
+        and shapes that no profile has room for.
         """
         if set(inputs) != set(self.inputs):
             raise InputError(f"it takes {', '.join(self.inputs)}, got {', '.join(inputs) or 'nothing'}")
+        results = [self._execute(part) for part in self._parts(inputs)]
+        if len(results) == 1:
+            return results[0]
+        free = {name: isinstance(shape[0], str) for name, (_, shape) in self.about.outputs.items()}
+        return {
+            name: torch.cat([result[name] for result in results]) if free[name] else results[-1][name] for name in self.outputs
+        }
+
+    def refit(self, onnx: str | Path) -> None:
+        """Takes the weights of another export of the same graph, for an engine that was built with ``refit``.
+
+        The engine's file stays as it is. Raises InputError for an engine without, and for a file with other weights.
+        """
+        if not self.about.refit:
+            raise InputError("this engine's weights are fixed: build it with BuildOptions(refit=True)")
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
+            raise InputError(f"the engine cannot take the weights of {onnx}: {self._last_message()}")
+
+    def _parts(self, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        rows = self.about.inputs[self.inputs[0]][1][0]  # "batch", of a modulation "rows"
+        count = len(inputs[self.inputs[0]])
+        if not isinstance(rows, str) or count <= (most := max(sizes[rows][2] for sizes in self.about.profiles)):
+            return [dict(inputs)]
+        cut = {name for name, (_, shape) in self.about.inputs.items() if shape[:1] == [rows]}
+        return [
+            {name: tensor[start : start + most] if name in cut else tensor for name, tensor in inputs.items()}
+            for start in range(0, count, most)
+        ]
+
+    def _execute(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held = {name: self._as_read(name, inputs[name]) for name in self.inputs}
         context = self._contexts[self._profile_for(held)]
         for name, tensor in held.items():
@@ -587,7 +626,8 @@ class EngineProgram:
         """The first profile that all inputs fit; InputError where none does, about the last, which ought to be the widest."""
         why = ""
         for i, sizes in enumerate(self.about.profiles):
-            if not (why := self._why_not_profile(inputs, sizes)):
+            why = self._why_not_profile(inputs, sizes)
+            if not why:
                 return i
         raise InputError(f"{why}; build it with such a profile")
 

@@ -183,6 +183,25 @@ def module(name: str = "tensorrt", version: str = "10.0", validity: str = "VALID
             assert (name == "tensorrt_rtx") == bool(config)
             return Context(self)
 
+    class Refitter:
+        def __init__(self, engine: Engine, logger: Any) -> None:
+            self.engine, self.logger = engine, logger
+
+        def refit_cuda_engine(self) -> bool:
+            self.engine.session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+            return True
+
+    class OnnxParserRefitter:
+        def __init__(self, refitter: Refitter, logger: Any) -> None:
+            self.refitter = refitter
+
+        def refit_from_file(self, path: str) -> bool:
+            self.refitter.path = path
+            if calls.get("refuse"):
+                self.refitter.logger.log(Severity.ERROR, "no such weight")
+                return False
+            return True
+
     class RuntimeCache:
         def __init__(self) -> None:
             self.data = b""
@@ -257,6 +276,8 @@ def module(name: str = "tensorrt", version: str = "10.0", validity: str = "VALID
         Builder=Builder,
         OnnxParser=OnnxParser,
         Runtime=Runtime,
+        Refitter=Refitter,
+        OnnxParserRefitter=OnnxParserRefitter,
         NetworkDefinitionCreationFlag=Flag,
         BuilderFlag=Flag,
         MemoryPoolType=Flag,

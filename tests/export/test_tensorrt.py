@@ -292,14 +292,43 @@ def test_a_program_runs_on_the_memory_of_its_inputs(fake: Callable[..., Any], de
     assert list(program.run({"text_mask": mask, "tokens": tokens, "text": text})) == ["pixels"]
 
 
+def test_more_samples_than_a_profile_has_are_run_in_parts(fake: Callable[..., Any], decoder: Path) -> None:
+    trt = fake()
+    build_engines(decoder, options=BuildOptions([SIZES]))
+    inputs = given(9, 5)
+    (pixels,) = load_engine(decoder, "decoder")(*inputs)
+    torch.testing.assert_close(pixels, expected(decoder, inputs))
+    assert len(trt.calls["streams"]) == 3
+
+
+def test_new_weights_for_an_engine(fake: Callable[..., Any], decoder: Path) -> None:
+    trt = fake()
+    build_engines(decoder, options=BuildOptions([SIZES]))
+    with pytest.raises(InputError, match="weights are fixed: build it with"):
+        load_engine(decoder, "decoder").refit(decoder / "decoder.onnx")
+    build_engines(decoder, options=BuildOptions([SIZES], refit=True))
+    program, inputs = load_engine(decoder, "decoder"), given(2, 5)
+    before = program(*inputs)[0]
+    model = onnx.load(str(decoder / "decoder.onnx"))
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) == 2:
+            weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 0.5, weight.name))
+    onnx.save(model, str(decoder / "decoder.onnx"))
+    program.refit(decoder / "decoder.onnx")
+    after = program(*inputs)[0]
+    assert (after != before).any()
+    torch.testing.assert_close(after, expected(decoder, inputs))
+    trt.calls["refuse"] = True
+    with pytest.raises(InputError, match=r"cannot take the weights of .*: no such weight"):
+        program.refit(decoder / "decoder.onnx")
+
+
 def test_inputs_that_do_not_fit(fake: Callable[..., Any], decoder: Path) -> None:
     fake()
     build_engines(decoder, options=BuildOptions([SIZES]))
     program = load_engine(decoder, "decoder")
     tokens, text, mask = given(2, 4)
-    with pytest.raises(InputError, match=r"tokens is \(5, 3, 4\), the engine was built for \(1, 3, 4\) to \(4, 3, 4\)"):
-        program(*given(5, 4))
-    with pytest.raises(InputError, match=r"text is \(2, 9, 8\)"):
+    with pytest.raises(InputError, match=r"text is \(2, 9, 8\), the engine was built for \(1, 1, 8\) to \(4, 8, 8\); build it"):
         program(*given(2, 9))
     with pytest.raises(InputError, match=r"tokens is \(2, 3\)"):
         program(tokens[:, :, 0], text, mask)
