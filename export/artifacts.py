@@ -22,13 +22,14 @@ from textok_fast.export.directory import Manifest, Source, replaced
 from textok_fast.export.graphs import Graph, TextGraph, generator_graphs, on_cpu, tokenizer_graphs
 from textok_fast.export.material import STEPS, Material
 from textok_fast.export.parity import OutputParity
-from textok_fast.files import write_text
+from textok_fast.export.runtime import TEXT_FOLDER
+from textok_fast.files import save_tensors, write_text
+from textok_fast.inference.packages import BOTTLENECK
 from textok_fast.modeling.text_encoders import TextEncoder
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float32, "int8": torch.float32}
 QUANTIZED = tuple(quantize.LEVELS)
-TEXT_FOLDER = "text_tokenizer"
 CHECKED = ((1, 1), (3, 7))  # batches and caption lengths beside those of the pictures
 NOT_RUN = {"bf16": "not compared: ONNX Runtime's CPU provider does not run bfloat16"}
 
@@ -96,6 +97,9 @@ def export_onnx(
             wanted = ("encoder", "decoder") if what == "all" else (what,)
             graphs = [graph for graph in tokenizer_graphs(source.tokenizer, dtype) if graph.name in wanted]
             writer.write(graphs, {"textok_config": to_dict(source.tokenizer.config)}, tokenizer_graphs, source.tokenizer)
+            if state := source.tokenizer.bottleneck.state_dict():  # a codebook: indices are decoded without a graph
+                save_tensors({name: value.contiguous() for name, value in state.items()}, work / BOTTLENECK)
+                manifest.parts.append(BOTTLENECK)
         if source.generator is not None and what in ("generator", "all"):
             about = {"textok_dit_config": to_dict(source.generator.config), "textok_pipeline": source.pipeline or {}}
             writer.write(generator_graphs(source.generator, dtype), about, generator_graphs, source.generator)
@@ -105,8 +109,8 @@ def export_onnx(
         if {"decoder", "sampler"} <= set(manifest.files) and precision not in NOT_RUN and source.process is not None:
             say("whole samples")
             writer.rows += whole_samples(source, writer.material, work, precision)
-        for name in manifest.files:  # what they share comes last
-            manifest.parts += [file for file in _beside(work, name) if file not in manifest.parts]
+        for path in sorted(work.glob("*.data")):
+            manifest.add(work, path.stem + "_weights", path.name)
         title = f"Parity of the ONNX export in {precision}"
         note = (
             f"{onnx_files.runtime_name()} on the CPU beside PyTorch in float32, on seeded inputs and on {len(writer.material)} "
@@ -116,11 +120,6 @@ def export_onnx(
         write_text(work / "parity.json", parity.to_json(writer.rows, precision=precision, runtime=onnx_files.runtime_name()))
         manifest.write(work)
     return Exported(Path(out), manifest, writer.rows)
-
-
-def _beside(work: Path, name: str) -> list[str]:
-    """Files of weights beside the graph ``name``."""
-    return [path.name for path in work.glob("*.data")]
 
 
 @dataclass
@@ -144,10 +143,10 @@ class _Writer:
     ) -> None:
         """``exact(model)``: the same graphs in float32, by which a failure is located; None: these are."""
         precision = self.precision if exact is not None else "fp32"
-        models = []
+        models, known = [], {}
         for graph in graphs:
             self.say(f"tracing {graph.name}")
-            models.append(onnx_files.trace(graph, {**about, "textok_precision": precision}, self.opset))
+            models.append(onnx_files.trace(graph, {**about, "textok_precision": precision}, self.opset, known))
         with tempfile.TemporaryDirectory(dir=self.work.parent, prefix=".calibration.") as place:
             if precision in QUANTIZED:
                 self._quantize(graphs, models, Path(place))
@@ -162,8 +161,16 @@ class _Writer:
                 self.rows += [OutputParity(graph.name, out, precision, 0, reason=NOT_RUN[precision]) for out in graph.outputs]
                 continue
             self.say(f"comparing {graph.name}")
-            given = [*parity.examples(graph, CHECKED), *self.material.inputs(graph)]
-            rows = parity.compare(graph, self.work / f"{graph.name}.onnx", given, precision, self.tolerance)
+            seeded, given = list(parity.examples(graph, CHECKED)), list(self.material.inputs(graph))
+            path = self.work / f"{graph.name}.onnx"
+            if precision in QUANTIZED and given:  # whose ranges are those of real inputs: others only have to run
+                handle = onnx_files.session(path)
+                for example in seeded:
+                    onnx_files.run(handle, example)
+                del handle
+            else:
+                given = [*seeded, *given]
+            rows = parity.compare(graph, path, given, precision, self.tolerance)
             self.rows += rows
             if failed := [row for row in rows if not row.passed]:
                 graph32 = graph if exact is None else next(g for g in exact(model) if g.name == graph.name)

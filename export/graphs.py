@@ -7,7 +7,7 @@ residual stream and the embedding of time and class stay float32, and a tokenize
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,14 @@ BATCH, TEXT, EVALUATIONS = "batch", "text_length", "evaluations"  # names of siz
 EXAMPLE_EVALUATIONS = 4
 Inputs = dict[str, Tensor]
 Axes = dict[str, dict[int, str]]  # input -> axis -> name of its size
-TOKENIZER_GRAPHS, GENERATOR_GRAPHS = ("encoder", "decoder"), ("forward", "modulation", "step", "sampler")
+
+
+class Part(NamedTuple):
+    """A graph inside of another: by which names that one knows its inputs and its outputs."""
+
+    graph: Graph
+    inputs: dict[str, str]
+    outputs: dict[str, str]
 
 
 class Graph(nn.Module):
@@ -56,6 +63,10 @@ class Graph(nn.Module):
         """What the PyTorch class gives for the same inputs, in float32."""
         raise NotImplementedError
 
+    def parts(self) -> list[Part]:
+        """Graphs that are this one when they run one after the other, each traced once for all; [] to trace this one."""
+        return []
+
 
 def tokenizer_graphs(tokenizer: TexTok, dtype: torch.dtype = torch.float32) -> list[Graph]:
     """Encoder and decoder of a tokenizer on the CPU in float32, computing in ``dtype``."""
@@ -65,7 +76,7 @@ def tokenizer_graphs(tokenizer: TexTok, dtype: torch.dtype = torch.float32) -> l
 def generator_graphs(model: DiT, dtype: torch.dtype = torch.float32) -> list[Graph]:
     """The four graphs of a DiT on the CPU in float32, computing in ``dtype``; they share one copy of the weights."""
     network = GeneratorNetwork(model, dtype)
-    return [kind(network) for kind in (ForwardGraph, ModulationGraph, StepGraph, SamplerGraph)]
+    return [kind(network) for kind in (ModulationGraph, StepGraph, ForwardGraph, SamplerGraph)]
 
 
 def on_cpu(model: Any) -> Any:
@@ -256,6 +267,13 @@ class ForwardGraph(_GeneratorGraph):
     ) -> tuple[Tensor, ...]:
         return (self.network.step(x, self.network.rows(t, y), _features(text, text_mask), image_tokens),)
 
+    def parts(self) -> list[Part]:
+        modulation, step = ModulationGraph(self.network), StepGraph(self.network)
+        return [
+            Part(modulation, {name: name for name in modulation.axes}, {"rows": "rows"}),
+            Part(step, {name: name for name in step.axes}, {"output": "output"}),
+        ]
+
     def example(self, batch: int, length: int, generator: torch.Generator) -> Inputs:
         return self._example(list(self.axes), batch, length, generator)
 
@@ -351,6 +369,7 @@ class SamplerGraph(_GeneratorGraph):
         labels: Axes = {"labels": {0: BATCH}} if network.config.num_classes else {}
         tables: Axes = {"index": {}, "table": {0: EVALUATIONS}, "times": {0: EVALUATIONS}}
         self.axes = {"x": {0: BATCH}, **tables, **labels, "noise": {0: BATCH}, **self._conditions()}
+        self.pair, self.update = _PairGraph(network, self), _UpdateGraph(network, self)
 
     def forward(
         self,
@@ -364,37 +383,19 @@ class SamplerGraph(_GeneratorGraph):
         text_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        pair = self._pair(x, index, times, labels, text, text_mask, image_tokens)
-        output = self.network.step(pair["x"], self.network.rows(pair["t"], pair.get("y")), *self._text_and_image(pair))
-        return self._update(output, x, table, index, noise)
+        pair = dict(zip(self.pair.outputs, self.pair(x, index, times, labels, text, text_mask, image_tokens), strict=True))
+        rows = self.network.rows(pair["pair_t"], pair.get("pair_y"))
+        output = self.network.step(pair["pair_x"], rows, *_text_and_image(pair))
+        return self.update(output, x, index, table, noise)
 
-    def _pair(
-        self,
-        x: Tensor,
-        index: Tensor,
-        times: Tensor,
-        labels: Tensor | None,
-        text: Tensor | None,
-        mask: Tensor | None,
-        image: Tensor | None,
-    ) -> Inputs:
-        """The guidance pair as arguments of the model, the conditional half first."""
-        pair = {"x": torch.cat([x, x])}  # (2 B, ...)
-        pair["t"] = times.index_select(0, index.clamp(0, times.shape[0] - 1)).expand(pair["x"].shape[0])  # (2 B,)
-        if labels is not None:
-            pair["y"] = torch.cat([labels, torch.full_like(labels, self.network.config.num_classes)])  # (2 B,)
-        if text is not None and mask is not None:
-            pair |= {"text": torch.cat([text, text]), "text_mask": torch.cat([mask, torch.zeros_like(mask)])}
-        if image is not None:
-            pair["image_tokens"] = torch.cat([image, image])
-        return pair
-
-    def _text_and_image(self, pair: Inputs) -> tuple[TextFeatures | None, Tensor | None]:
-        return _features(pair.get("text"), pair.get("text_mask")), pair.get("image_tokens")
-
-    def _update(self, output: Tensor, x: Tensor, table: Tensor, index: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        guided = self.network.config.guided_channels or None
-        return guided_step_reference(output, x, table, index, noise, guided_channels=guided), index + 1
+    def parts(self) -> list[Part]:
+        modulation, step = ModulationGraph(self.network), StepGraph(self.network)
+        return [
+            Part(self.pair, {name: name for name in self.pair.axes}, {name: name for name in self.pair.outputs}),
+            Part(modulation, {name: f"pair_{name}" for name in modulation.axes}, {"rows": "rows"}),
+            Part(step, {name: name if name == "rows" else f"pair_{name}" for name in step.axes}, {"output": "output"}),
+            Part(self.update, {name: name for name in self.update.axes}, {name: name for name in self.outputs}),
+        ]
 
     def example(self, batch: int, length: int, generator: torch.Generator) -> Inputs:
         labels = ["y"] if self.network.config.num_classes else []
@@ -423,9 +424,77 @@ class SamplerGraph(_GeneratorGraph):
         text_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        pair = self._pair(x, index, times, labels, text, text_mask, image_tokens)
-        output = self.model(pair["x"], pair["t"], pair.get("y"), *self._text_and_image(pair))
-        return self._update(output, x, table, index, noise)
+        pair = dict(zip(self.pair.outputs, self.pair(x, index, times, labels, text, text_mask, image_tokens), strict=True))
+        output = self.model(pair["pair_x"], pair["pair_t"], pair.get("pair_y"), *_text_and_image(pair))
+        return self.update(output, x, index, table, noise)
+
+
+def _text_and_image(pair: Inputs) -> tuple[TextFeatures | None, Tensor | None]:
+    return _features(pair.get("pair_text"), pair.get("pair_text_mask")), pair.get("pair_image_tokens")
+
+
+class _PairGraph(_GeneratorGraph):
+    """A sampler's inputs -> those of a forward on the guidance pair, the conditional half first."""
+
+    name = "pair"
+
+    def __init__(self, network: GeneratorNetwork, sampler: SamplerGraph) -> None:
+        super().__init__(network)
+        self._sampler = [sampler]
+        self.axes = {name: axes for name, axes in sampler.axes.items() if name not in ("table", "noise")}
+        self.outputs = ("pair_x", "pair_t", *(f"pair_{name}" for name in ("y", *self._conditions()) if self._has(name)))
+
+    def _has(self, name: str) -> bool:
+        return name != "y" or bool(self.network.config.num_classes)
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor,
+        times: Tensor,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        pair = [torch.cat([x, x])]  # (2 B, ...)
+        t = times.index_select(0, index.clamp(0, times.shape[0] - 1))  # (1,)
+        pair.append(t.expand(2 * x.shape[0]))  # (2 B,)
+        if labels is not None:
+            pair.append(torch.cat([labels, torch.full_like(labels, self.network.config.num_classes)]))  # (2 B,)
+        if text is not None and text_mask is not None:
+            pair += [torch.cat([text, text]), torch.cat([text_mask, torch.zeros_like(text_mask)])]
+        if image_tokens is not None:
+            pair.append(torch.cat([image_tokens, image_tokens]))
+        return tuple(pair)
+
+    def example(self, batch: int, length: int, generator: torch.Generator) -> Inputs:
+        made = self._sampler[0].example(batch, length, generator)
+        return {name: made[name] for name in self.axes}
+
+
+class _UpdateGraph(_GeneratorGraph):
+    """The pair's output -> the sampler's outputs: guidance and update."""
+
+    name, outputs = "update", ("x_next", "index_next")
+
+    def __init__(self, network: GeneratorNetwork, sampler: SamplerGraph) -> None:
+        super().__init__(network)
+        self._sampler = [sampler]
+        # Twice the batch, which no name says: the pair's size is another free one.
+        self.axes = {"output": {0: f"2*{BATCH}"}, **{name: sampler.axes[name] for name in ("x", "index", "table", "noise")}}
+
+    def forward(self, output: Tensor, x: Tensor, index: Tensor, table: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        guided = self.network.config.guided_channels or None
+        return guided_step_reference(output, x, table, index, noise, guided_channels=guided), index + 1
+
+    def example(self, batch: int, length: int, generator: torch.Generator) -> Inputs:
+        made = self._sampler[0].example(batch, length, generator)
+        shape = list(made["x"].shape)
+        shape[0] = 2 * batch
+        if self.network.config.learn_sigma:
+            shape[1 if len(shape) == 4 else 2] *= 2
+        return {"output": torch.randn(shape, generator=generator), **{name: made[name] for name in list(self.axes)[1:]}}
 
 
 class TextGraph(Graph):

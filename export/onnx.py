@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,7 +21,7 @@ import torch
 from textok_fast import __version__
 from textok_fast.config import to_dict
 from textok_fast.errors import InputError
-from textok_fast.export.graphs import BATCH, TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, on_cpu
+from textok_fast.export.graphs import BATCH, TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, Part, on_cpu
 from textok_fast.modeling.tokenizer import TexTok
 
 if TYPE_CHECKING:
@@ -103,17 +103,42 @@ def runtime_name() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def trace(graph: Graph, about: dict[str, Any], opset: int = OPSET) -> ir.Model:
+def trace(
+    graph: Graph, about: dict[str, Any], opset: int = OPSET, known: dict[str, ir.Model] | None = None
+) -> ir.Model:
     """The graph as a model in memory, with named inputs, outputs and weights; ``about`` becomes its metadata, as JSON.
 
-    Weights are references to the module's. Raises InputError for an operator that is not ONNX's own.
+    ``known``: models that were traced before, by name, which gains those that are traced here: a graph made of others is put
+    together from them. Weights are references to the module's.
+
+    Raises: InputError for an operator that is not ONNX's own, and for a size that became a constant.
     """
+    known = {} if known is None else known
+    if parts := graph.parts():
+        for part in parts:
+            if part.graph.name not in known:
+                known[part.graph.name] = _traced(part.graph, opset)
+        model = _joined(graph, parts, known)
+    else:
+        model = known[graph.name] if graph.name in known else _traced(graph, opset)
+        known[graph.name] = model
+    model.producer_name, model.producer_version = "textok-fast", __version__
+    model.metadata_props.clear()
+    for key, value in about.items():
+        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    return model
+
+
+def _traced(graph: Graph, opset: int) -> ir.Model:
     batch, length = TRACED
     length = length if graph.most_text is None else min(length, graph.most_text)
     inputs = graph.example(batch, length, torch.Generator().manual_seed(0))
-    free: dict[str, torch.export.Dim] = {}
+    free: dict[str, Any] = {}
     for name in {name for axes in graph.axes.values() for name in axes.values()}:
-        free[name] = torch.export.Dim(name, min=1, max=graph.most_text if name == TEXT else None)
+        free[name] = torch.export.Dim(name, min=1, max=graph.most_text if name == TEXT else None) if name.isidentifier() else 0
+    for name in [name for name, size in free.items() if size == 0]:  # a multiple of another
+        factor, _, other = name.partition("*")
+        free[name] = int(factor) * free[other]
     shapes = {name: {axis: free[size] for axis, size in graph.axes[name].items()} for name in inputs}
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
@@ -129,21 +154,67 @@ def trace(graph: Graph, about: dict[str, Any], opset: int = OPSET) -> ir.Model:
         )
     assert program is not None
     model: ir.Model = program.model
-    if foreign := sorted({f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | {
-        str(name) for name in model.functions
-    }):  # fmt: skip
-        raise InputError(f"the graph {graph.name} needs {foreign[0]}, which is no operator of ONNX's own")
+    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | set(map(str, model.functions))
+    if foreign:
+        raise InputError(f"the graph {graph.name} needs {min(foreign)}, which is no operator of ONNX's own")
     for value in model.graph.inputs:  # the exporter does not say so when a size became a constant
         for axis, size in graph.axes[str(value.name)].items():
             if value.shape is None or isinstance(value.shape[axis], int):
                 raise InputError(f"the graph {graph.name} was traced for one {size} only, of its input {value.name}")
     _name_weights(model)
     _drop_notes(model)
-    model.producer_name, model.producer_version = "textok-fast", __version__
-    model.metadata_props.clear()
-    for key, value in about.items():
-        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     return model
+
+
+def _joined(graph: Graph, parts: Sequence[Part], known: dict[str, ir.Model]) -> ir.Model:
+    """Copies of the parts' models one after the other; weights stay shared."""
+    import onnx_ir as ir
+
+    values: dict[str, ir.Value] = {}  # by the names of the whole
+    nodes: list[ir.Node] = []
+    initializers: list[ir.Value] = []
+    names: set[str] = set()
+    for part in parts:
+        copied = known[part.graph.name].graph.clone()
+        for value in copied.inputs:
+            wire = part.inputs[str(value.name)]
+            if wire not in values:  # an input of the whole
+                shape = None if value.shape is None else ir.Shape(list(value.shape))
+                values[wire] = ir.Value(name=wire, type=value.type, shape=shape)
+            ir.convenience.replace_all_uses_with(value, values[wire])
+        outputs = {str(value.name): value for value in copied.outputs}
+        copied.outputs.clear()
+        own = list(copied)
+        copied.remove(own)
+        held = list(copied.initializers.values())
+        copied.initializers.clear()
+        for value in (*held, *(value for node in own for value in node.outputs)):
+            name = str(value.name)
+            value.name = f"{part.graph.name}.{name}" if name in names or name in graph.axes else name
+            names.add(str(value.name))
+        for value in (value for node in own for value in node.outputs):
+            value.shape = None  # the part's batch may be another than the whole's
+        for name, wire in part.outputs.items():
+            values[wire] = outputs[name]
+            if wire in graph.outputs:
+                outputs[name].name = wire
+        nodes += own
+        initializers += held
+    for number, node in enumerate(nodes):
+        node.name = f"node_{number}"
+    first = known[parts[0].graph.name]
+    whole = ir.Graph(
+        [values[name] for name in graph.axes],
+        [values[name] for name in graph.outputs],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports=dict(first.opset_imports),
+        name=graph.name,
+    )
+    last = {str(value.name): value.shape for value in known[parts[-1].graph.name].graph.outputs}
+    for value in whole.outputs:
+        value.shape = last[str(value.name)]
+    return ir.Model(whole, ir_version=first.ir_version)
 
 
 def scope(node: ir.Node) -> str:
