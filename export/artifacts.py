@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,13 +21,24 @@ from textok_fast.errors import InputError
 from textok_fast.export import onnx as onnx_files
 from textok_fast.export import parity, quantize
 from textok_fast.export.directory import Manifest, Source, replaced
-from textok_fast.export.graphs import Graph, TextGraph, generator_graphs, on_cpu, tokenizer_graphs
-from textok_fast.export.material import STEPS, Material
+from textok_fast.export.graphs import (
+    DecoderGraph,
+    ForwardGraph,
+    GeneratorNetwork,
+    Graph,
+    SamplerGraph,
+    TextGraph,
+    generator_graphs,
+    on_cpu,
+    tokenizer_graphs,
+)
+from textok_fast.export.material import HELD_OUT, STEPS, Material
 from textok_fast.export.parity import OutputParity
 from textok_fast.export.runtime import TEXT_FOLDER
 from textok_fast.files import save_tensors, write_text
-from textok_fast.inference.packages import BOTTLENECK
-from textok_fast.modeling.text_encoders import TextEncoder
+from textok_fast.inference.packages import BOTTLENECK, load_package, save_package
+from textok_fast.inference.plan import Plan
+from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float32, "int8": torch.float32}
@@ -70,7 +83,7 @@ def export_onnx(
         precision: what the graphs compute in; of fp8 and int8 the products only. The text encoder stays float32.
         images: a folder of captioned pictures to calibrate and compare on; None for those of
             :meth:`textok_fast.export.material.Material.gather`.
-        pictures: how many of them.
+        pictures: how many of them. Quantized graphs are calibrated on so many, and compared on a few others.
         calibration: how the ranges of int8 and fp8 are found, see :func:`textok_fast.export.quantize.calibrate`.
         tolerance: what an output may differ by; None for :data:`textok_fast.export.parity.TOLERANCES`.
         progress: is told what is being done.
@@ -91,7 +104,8 @@ def export_onnx(
     with replaced(Path(out)) as work:
         manifest = Manifest.of(source, "onnx", precision, opset=opset)
         say("pictures")
-        writer = _Writer(work, manifest, Material.gather(source, images, pictures), precision, calibration, tolerance, opset, say)
+        material = Material.gather(source, images, pictures + HELD_OUT * (precision in QUANTIZED))
+        writer = _Writer(work, manifest, material, precision, calibration, tolerance, opset, say)
         dtype = DTYPES[precision]
         if source.tokenizer is not None and what in ("encoder", "decoder", "all"):
             wanted = ("encoder", "decoder") if what == "all" else (what,)
@@ -112,9 +126,11 @@ def export_onnx(
         for path in sorted(work.glob("*.data")):
             manifest.add(work, path.stem + "_weights", path.name)
         title = f"Parity of the ONNX export in {precision}"
+        seeded = "" if precision in QUANTIZED else "seeded inputs and on "
+        calibrated = f"; calibrated ({calibration}) on {len(writer.calibrated_on)} others" if precision in QUANTIZED else ""
         note = (
-            f"{onnx_files.runtime_name()} on the CPU beside PyTorch in float32, on seeded inputs and on {len(writer.material)} "
-            f"inputs from: {writer.material.about}"
+            f"{onnx_files.runtime_name()} on the CPU beside PyTorch in float32, on {seeded}{len(writer.material)} inputs "
+            f"from: {writer.material.about}{calibrated}"
         )
         write_text(work / "parity.md", parity.table(writer.rows, title, note))
         write_text(work / "parity.json", parity.to_json(writer.rows, precision=precision, runtime=onnx_files.runtime_name()))
@@ -137,6 +153,9 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.rows: list[OutputParity] = []
+        self.calibrated_on = self.material
+        if self.precision in QUANTIZED:
+            self.calibrated_on, self.material = self.material.parted()
 
     def write(
         self, graphs: Sequence[Graph], about: dict[str, Any], exact: Callable[..., list[Graph]] | None = None, model: Any = None
@@ -162,15 +181,14 @@ class _Writer:
                 continue
             self.say(f"comparing {graph.name}")
             seeded, given = list(parity.examples(graph, CHECKED)), list(self.material.inputs(graph))
-            path = self.work / f"{graph.name}.onnx"
+            run = parity.in_runtime(self.work / f"{graph.name}.onnx", graph)
             if precision in QUANTIZED and given:  # whose ranges are those of real inputs: others only have to run
-                handle = onnx_files.session(path)
                 for example in seeded:
-                    onnx_files.run(handle, example)
-                del handle
+                    run(example)
             else:
                 given = [*seeded, *given]
-            rows = parity.compare(graph, path, given, precision, self.tolerance)
+            rows = parity.compare(graph, run, given, precision, self.tolerance)
+            del run  # with its copy of the weights
             self.rows += rows
             if failed := [row for row in rows if not row.passed]:
                 graph32 = graph if exact is None else next(g for g in exact(model) if g.name == graph.name)
@@ -184,7 +202,7 @@ class _Writer:
                     onnx_files.save(model, place / f"{graph.name}.onnx", store)
                 found = quantize.products(model, graph.left_alone)
                 ranges = quantize.calibrate(
-                    model, found, list(self.material.inputs(graph)), place, self.calibration, self.precision
+                    model, found, list(self.calibrated_on.inputs(graph)), place, self.calibration, self.precision
                 )
                 quantize.quantize(model, found, ranges, self.precision)
 
@@ -199,6 +217,94 @@ class _Writer:
             f"nothing was written: {graph.name}'s {row.output} in {row.precision} differs from PyTorch's by more than {limit:.3g} "
             f"({what}); {where}. Allow more with a tolerance, or choose another precision or calibration"
         )
+
+
+def export_aoti(
+    source: Source,
+    out: str | Path,
+    what: str = "all",
+    precision: str = "fp32",
+    *,
+    device: str = "cpu",
+    images: str | Path | None = None,
+    pictures: int = 8,
+    tolerance: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Exported:
+    """Writes packages of :func:`textok_fast.inference.save_package` for this kind of machine, in the folders ``generator`` and
+    ``tokenizer``; encoder and decoder are one package.
+
+    Else as :func:`export_onnx`. Raises: InputError also for a precision that a package does not have (fp32 and bf16 it has).
+    """
+    source.require(what)
+    if what == "text":
+        raise InputError("a package holds no text encoder: export it to onnx")
+    say = progress or (lambda _: None)
+    models: dict[str, Any] = {"generator": source.generator, "tokenizer": source.tokenizer}
+    wanted = {"generator": ["generator"], "all": list(models)}.get(what, ["tokenizer"])
+    plan = Plan(precision=precision, device=device).require_machine()  # type: ignore[arg-type]
+    with replaced(Path(out)) as work:
+        manifest, rows = Manifest.of(source, "aoti", precision), []
+        material = Material.gather(source, images, pictures)
+        for name in [name for name in wanted if models[name] is not None]:
+            say(f"compiling the {name}")
+            save_package(models[name], work / name, plan)
+            for file in sorted((work / name).iterdir()):
+                manifest.add(work, f"{name}/{file.stem}", f"{name}/{file.name}")
+            say(f"comparing the {name}")
+            rows += _compare_package(load_package(work / name), name, source, material, precision, tolerance)
+        if failed := [row for row in rows if not row.passed]:
+            row = failed[0]
+            raise InputError(
+                f"nothing was written: {row.graph}'s {row.output} in {precision} differs from PyTorch's by more than "
+                f"{row.tolerance:.3g} (largest error {row.max_abs:.3g}, relative {row.relative:.3g})"
+            )
+        note = f"AOTInductor on {plan.device} beside PyTorch, on {len(material)} inputs from: {material.about}"
+        write_text(work / "parity.md", parity.table(rows, f"Parity of the packages in {precision}", note))
+        write_text(work / "parity.json", parity.to_json(rows, precision=precision, runtime=f"torch {torch.__version__}"))
+        manifest.write(work)
+    return Exported(Path(out), manifest, rows)
+
+
+@torch.no_grad()
+def _compare_package(
+    engine: Any, name: str, source: Source, material: Material, precision: str, tolerance: float | None
+) -> list[OutputParity]:
+    """A loaded package beside the modules: the same measures as :func:`textok_fast.export.parity.compare`."""
+    if name == "generator":
+        graphs: list[Graph] = [ForwardGraph(GeneratorNetwork(on_cpu(source.generator), torch.float32))]
+    else:
+        graphs = tokenizer_graphs(on_cpu(source.tokenizer))
+
+    def run(graph: Graph, given: dict[str, Tensor]) -> list[Tensor]:
+        text = TextFeatures(given["text"], given["text_mask"]) if "text" in given else None
+        if graph.name == "encoder":
+            tokens = engine.encode(given["pixels"], text)
+            found = [tokens.mode(), *([tokens.indices] if tokens.indices is not None else [])]
+            return found if tokens._posterior is None else list(tokens._posterior)
+        if graph.name == "decoder":
+            return [engine.decode(given["tokens"], text)]
+        return [engine(given["x"], given["t"], given.get("y"), text, given.get("image_tokens"))]
+
+    rows = []
+    for graph in graphs:
+        given = list(material.inputs(graph))
+        rows += parity.compare(graph, functools.partial(run, graph), given, precision, tolerance)
+    return rows
+
+
+TARGETS: dict[str, Callable[..., Exported]] = {"onnx": export_onnx, "aoti": export_aoti}
+
+
+def export(model: Source | str | Path, out: str | Path, to: str = "onnx", **options: Any) -> Exported:
+    """``model`` to one of :data:`TARGETS`: its function's arguments and errors, and InputError for another target and for an
+    option that this one does not have."""
+    if to not in TARGETS:
+        raise InputError(f"models are exported to {', '.join(TARGETS)}; got {to!r}")
+    taken = set(inspect.signature(TARGETS[to]).parameters)
+    if unknown := sorted(set(options) - taken):
+        raise InputError(f"an export to {to} has no option {', '.join(unknown)}")
+    return TARGETS[to](model if isinstance(model, Source) else Source.load(model), out, **options)
 
 
 def _write_text(writer: _Writer, encoder: TextEncoder) -> None:
@@ -219,8 +325,6 @@ def _write_text(writer: _Writer, encoder: TextEncoder) -> None:
 @torch.no_grad()
 def whole_samples(source: Source, material: Material, directory: Path, precision: str) -> list[OutputParity]:
     """Samples by the exported sampler and decoder beside PyTorch's, from the same noise: the error of many steps together."""
-    from textok_fast.export.graphs import DecoderGraph, GeneratorNetwork, SamplerGraph
-
     tokenizer, generator, process = source.tokenizer, source.generator, source.process
     assert tokenizer is not None and generator is not None and process is not None
     graph, decoder = SamplerGraph(GeneratorNetwork(generator, torch.float32)), DecoderGraph(tokenizer)

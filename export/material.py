@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from textok_fast.modeling.tokenizer import from_uint8
 from textok_fast.paths import cache_dir
 
 BATCH = 2  # pictures that a graph is run on at once
+HELD_OUT = 4  # pictures, at most, that nothing is calibrated on
 STEPS = 8  # of the sampler whose rows a sampler graph is run with
 
 
@@ -79,6 +81,18 @@ class Material:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def parted(self) -> tuple[Material, Material]:
+        """Those to calibrate on, and others to compare on: the same ones where there is only one picture."""
+        held_out = min(HELD_OUT, len(self) // 3) or (len(self) > 1)
+        border = len(self) - held_out
+        return (self._part(slice(0, border)), self._part(slice(border, None))) if held_out else (self, self)
+
+    def _part(self, part: slice) -> Material:
+        pixels = None if self.pixels is None else self.pixels[part]
+        return dataclasses.replace(
+            self, pixels=pixels, text=_part(self.text, part), tokens=self.tokens[part], labels=self.labels[part]
+        )
 
     @torch.no_grad()
     def inputs(self, graph: Graph) -> Iterator[Inputs]:

@@ -64,7 +64,7 @@ def export_encoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4)
 
 
 def _export(graph: Graph, tokenizer: TexTok, path: Path, tolerance: float) -> OnnxCheck:
-    from textok_fast.export.parity import compare, examples
+    from textok_fast.export.parity import compare, examples, in_runtime
 
     require_libraries()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _export(graph: Graph, tokenizer: TexTok, path: Path, tolerance: float) -> On
         model = trace(graph, {"textok_config": to_dict(tokenizer.config)})
         with weights_beside([model], file.with_name(f"{path.name}.data")) as store:
             save(model, file, store)
-        results = compare(graph, file, examples(graph, CHECKED), "fp32", tolerance)
+        results = compare(graph, in_runtime(file, graph), examples(graph, CHECKED), "fp32", tolerance)
         worst = max((each.max_abs for each in results if each.max_abs is not None), default=0.0)
         if any(not each.passed for each in results):
             raise InputError(
@@ -193,7 +193,8 @@ def _joined(graph: Graph, parts: Sequence[Part], known: dict[str, ir.Model]) -> 
             value.name = f"{part.graph.name}.{name}" if name in names or name in graph.axes else name
             names.add(str(value.name))
         for value in (value for node in own for value in node.outputs):
-            value.shape = None  # the part's batch may be another than the whole's
+            if value.shape is not None:  # without names: the part's batch may be another than the whole's
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
         for name, wire in part.outputs.items():
             values[wire] = outputs[name]
             if wire in graph.outputs:

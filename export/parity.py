@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,26 @@ def examples(graph: Graph, sizes: Iterable[tuple[int, int]]) -> Iterator[Inputs]
         yield graph.example(batch, length, torch.Generator().manual_seed(1000 * batch + length))
 
 
+def in_runtime(path: Path, graph: Graph) -> Callable[[Inputs], list[Tensor]]:
+    """The file in ONNX Runtime on the CPU, as :func:`compare` takes it."""
+    handle = session(path)
+    return lambda given: run(handle, given, list(graph.outputs))
+
+
 def compare(
-    graph: Graph, path: Path, inputs: Iterable[Inputs], precision: str, tolerance: float | None = None
+    graph: Graph,
+    exported: Callable[[Inputs], Sequence[Tensor]],
+    inputs: Iterable[Inputs],
+    precision: str,
+    tolerance: float | None = None,
 ) -> list[OutputParity]:
-    """The file in ONNX Runtime on the CPU beside ``graph.reference``: one result an output.
+    """What was exported beside ``graph.reference``: one result an output.
 
     ``tolerance``: of floats; None is what :data:`TOLERANCES` says.
     """
-    handle = session(path)
     errors = [_Errors() for _ in graph.outputs]
     for given in inputs:
-        wanted = graph.reference(**given)
-        for error, reference, got in zip(errors, wanted, run(handle, given, list(graph.outputs)), strict=True):
+        for error, reference, got in zip(errors, graph.reference(**given), exported(given), strict=True):
             error.add(reference, got)
     results = []
     is_discrete = any(name == "indices" for name in graph.outputs)

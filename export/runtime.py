@@ -87,7 +87,8 @@ def assemble(directory: Path, manifest: Manifest, device: torch.device, program:
 
 def _packages(directory: Path, manifest: Manifest, device: str | torch.device | None) -> Loaded:
     place = None if device is None or str(device) == "auto" else device
-    engines = {name: load_package(directory / name, place) for name in ("generator", "tokenizer") if name in manifest.parts}
+    there = [name for name in ("generator", "tokenizer") if f"{name}/package" in manifest.files]
+    engines = {name: load_package(directory / name, place) for name in there}
     if len(engines) == 2 and manifest.pipeline is not None:
         generator, tokenizer = engines["generator"], engines["tokenizer"]
         assert isinstance(generator, GeneratorEngine) and isinstance(tokenizer, TokenizerEngine)
