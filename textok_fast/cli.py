@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "auto")
 # Of interop.KINDS, which a test compares.
 WEIGHT_KINDS = ("dit", "diffusers-dit", "dit-1d", "sit-1d", "titok", "tatitok", "softvq", "maetok", "sd-vae")
+# Of textok_fast.export, which a test compares.
+EXPORT_WHAT = ("encoder", "decoder", "generator", "text", "all")
+EXPORT_TARGETS = ("onnx", "aoti")
+EXPORT_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 COMPILE_MODES = ("none", "default", "max-autotune")
 
 # What a command returns is what --json prints; None where another process of the run prints it.
@@ -212,6 +216,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="what shapes do not tell: heads=4, guided_channels=3, schedule=linear, tokenizer.heads=4",
     )
+
+    export = _command(commands, "export", run_export, "write models for deployment, each compared with PyTorch before it counts",
+        "textok-fast export --model runs/dit/final --to onnx --precision int8 --images photos --out deploy")  # fmt: skip
+    export.add_argument("--model", required=True, help="a tokenizer, a generator (directory or Hub id) or a pipeline's directory")
+    export.add_argument("--what", choices=EXPORT_WHAT, default="all", help="(default: all that there is)")
+    export.add_argument("--to", choices=EXPORT_TARGETS, default="onnx", help="(default: %(default)s)")
+    export.add_argument("--precision", choices=EXPORT_PRECISIONS, default="fp32",
+        help="fp8 and int8 quantize the products, calibrated on the pictures (default: %(default)s)")  # fmt: skip
+    export.add_argument("--images", type=Path, metavar="FOLDER",
+        help="captioned pictures to calibrate and compare on (default: scenes of emoji if fetched, else of drawn shapes)")  # fmt: skip
+    export.add_argument("--pictures", type=int, default=8, help="how many of them (default: %(default)s)")
+    export.add_argument("--calibration", choices=("max", "percentile", "mse"), help="of fp8 and int8 (default: percentile)")
+    export.add_argument("--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)")
+    export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
+    export.add_argument("--out", type=Path, required=True)
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
     speedup = _command(kinds, "speedup", run_bench_speedup,
@@ -476,6 +495,23 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
     beside = f", with {report['tokenizer']}" if "tokenizer" in report else ""
     print(f"{report['kind']} ({report['what']}), {report['parameters']:,} parameters{beside}\nwrote {report['out']}")
     return report
+
+
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.export import export
+
+    options: dict[str, Any] = {"what": args.what, "precision": args.precision, "images": args.images, "pictures": args.pictures}
+    given = {"calibration": args.calibration, "tolerance": args.tolerance, "device": args.device}
+    options |= {name: value for name, value in given.items() if value is not None}
+
+    def say(what: str) -> None:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+    exported = export(args.model, args.out, args.to, progress=say, **options)
+    print((args.out / "parity.md").read_text(encoding="utf-8"))
+    names = ", ".join(entry["file"] for entry in exported.manifest.files.values())
+    print(f"wrote {args.out}: {names}, export.json, parity.json and parity.md")
+    return exported.to_dict()
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:

@@ -151,9 +151,20 @@ class TextEncoder:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"a text encoder computes in float32, bfloat16 or float16, got {dtype}")
-        self.name, self.max_tokens, self.split = str(name), max_tokens, split
+        self._use(_find(str(name)), max_tokens, split, cache, device, dtype)
+
+    def _use(
+        self,
+        source: _Source,
+        max_tokens: int,
+        split: str,
+        cache: bool | str | Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.max_tokens, self.split = source.name, max_tokens, split
         self.device, self.dtype = torch.device(device), dtype
-        self._source = _find(self.name)
+        self._source = source
         self.dim = self._source.dim
         self.identity = hashlib.sha256(f"{self._source.identity} {dtype}".encode()).hexdigest()[:32]
         self._cache_root = _cache_root(cache)
