@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from textok_fast.config import to_dict
 from textok_fast.diffusion import sampler_program
 from textok_fast.errors import InputError
 from textok_fast.export import onnx as onnx_files
-from textok_fast.export import parity, quantize
-from textok_fast.export.directory import Manifest, Source, replaced
+from textok_fast.export import parity, quantize, tensorrt
+from textok_fast.export.directory import PARITY_FILES, Manifest, Source, replaced
 from textok_fast.export.graphs import (
     DecoderGraph,
     ForwardGraph,
@@ -35,6 +36,7 @@ from textok_fast.export.graphs import (
 from textok_fast.export.material import HELD_OUT, STEPS, Material
 from textok_fast.export.parity import OutputParity
 from textok_fast.export.runtime import TEXT_FOLDER
+from textok_fast.export.server import FILES, ServerOptions, write_repository
 from textok_fast.files import save_tensors, write_text
 from textok_fast.inference.packages import BOTTLENECK, load_package, save_package
 from textok_fast.inference.plan import Plan
@@ -293,7 +295,117 @@ def _compare_package(
     return rows
 
 
-TARGETS: dict[str, Callable[..., Exported]] = {"onnx": export_onnx, "aoti": export_aoti}
+def export_engines(
+    source: Source,
+    out: str | Path,
+    what: str = "all",
+    precision: str = "fp32",
+    *,
+    to: str,
+    profiles: Sequence[tensorrt.Profile] = ({},),
+    targets: Sequence[str] | None = None,
+    timing_cache: str | Path | None = None,
+    images: str | Path | None = None,
+    pictures: int = 8,
+    calibration: quantize.Method = "percentile",
+    tolerance: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Exported:
+    """The graphs of :func:`export_onnx` and, beside each, its engine (:func:`textok_fast.export.tensorrt.build_engines`).
+
+    Where this GPU runs the engines they are compared as the ONNX files are, and added to the table; elsewhere it says that they
+    were not run. ``profiles``, ``targets``, ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
+    """
+    tensorrt.import_module(to)  # before minutes of tracing
+    options = tensorrt.BuildOptions(profiles, targets, timing_cache=timing_cache)
+    say = progress or (lambda _: None)
+    with replaced(Path(out)) as work:
+        given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
+        exported = export_onnx(source, work, what, precision, progress=progress, **given)
+        manifest, rows = exported.manifest, list(exported.parity)
+        manifest.to = to
+        for name in [name for name, entry in manifest.files.items() if entry["file"].endswith(".onnx")]:
+            say(f"building {name}")
+            (built,) = tensorrt.build_engines(work, to, [name], options)
+            manifest.parts += [f"{name}.engine{suffix}" for suffix in ("", ".json", ".log", ".cache")]
+            rows += _compare_engine(built, name, source, images, pictures, precision, tolerance)
+        if failed := [row for row in rows if row.passed is False]:
+            row = failed[0]
+            raise InputError(
+                f"nothing was written: {row.graph}'s {row.output} in {precision} differs from PyTorch's by more than "
+                f"{row.tolerance:.3g} (largest error {row.max_abs}, relative {row.relative})"
+            )
+        runtime = f"{to} {built.about.version}"
+        title = f"Parity of the {to} engines in {precision}, and of the ONNX files they were built from"
+        write_text(work / "parity.md", parity.table(rows, title, f"{runtime} and {onnx_files.runtime_name()} beside PyTorch"))
+        write_text(work / "parity.json", parity.to_json(rows, precision=precision, runtime=runtime))
+        manifest.write(work)
+    return Exported(Path(out), manifest, rows)
+
+
+def _compare_engine(
+    built: tensorrt.BuiltEngine,
+    name: str,
+    source: Source,
+    images: str | Path | None,
+    pictures: int,
+    precision: str,
+    tolerance: float | None,
+) -> list[OutputParity]:
+    gpu, about = tensorrt.this_gpu(), built.about
+    if name == "text" or (reason := tensorrt.why_not_here(built.path, about, about.version, gpu)):
+        reason = "not compared" if name == "text" else f"not run: {reason}"
+        return [OutputParity(f"{name}.engine", output, precision, 0, reason=reason) for output in about.outputs]
+    program = tensorrt.load_engine(built.path.parent, name, rebuild=False)
+
+    def run(given: dict[str, Tensor]) -> list[Tensor]:
+        outputs = program.run({key: value.to(program.device) for key, value in given.items()})
+        return [value.cpu() for value in outputs.values()]
+
+    graphs = [] if source.tokenizer is None else tokenizer_graphs(on_cpu(source.tokenizer))
+    graphs += [] if source.generator is None else generator_graphs(on_cpu(source.generator))
+    (graph,) = [graph for graph in graphs if graph.name == name]
+    material = Material.gather(source, images, pictures)
+    rows = parity.compare(graph, run, material.inputs(graph), precision, tolerance)
+    return [dataclasses.replace(row, graph=f"{name}.engine") for row in rows]
+
+
+def export_server(
+    source: Source,
+    out: str | Path,
+    what: str = "all",
+    precision: str = "fp32",
+    *,
+    server: ServerOptions | None = None,
+    images: str | Path | None = None,
+    pictures: int = 8,
+    calibration: quantize.Method = "percentile",
+    tolerance: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Exported:
+    """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`)."""
+    with replaced(Path(out)) as work:
+        given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
+        exported = export_onnx(source, work / "exported", what, precision, progress=progress, **given)
+        names = write_repository(work / "exported", work, server)
+        for name in PARITY_FILES:
+            (work / "exported" / name).replace(work / name)
+        shutil.rmtree(work / "exported")
+        manifest = dataclasses.replace(exported.manifest, to="triton-server", files={}, parts=list(FILES))
+        for name in names:
+            (file,) = sorted((work / FILES[0] / name / "1").glob("model.*"))
+            manifest.add(work, name, str(file.relative_to(work)))
+        manifest.write(work)
+    return Exported(Path(out), manifest, exported.parity)
+
+
+TARGETS: dict[str, Callable[..., Exported]] = {
+    "onnx": export_onnx,
+    "aoti": export_aoti,
+    "tensorrt": functools.partial(export_engines, to="tensorrt"),
+    "tensorrt-rtx": functools.partial(export_engines, to="tensorrt-rtx"),
+    "triton-server": export_server,
+}
 
 
 def export(model: Source | str | Path, out: str | Path, to: str = "onnx", **options: Any) -> Exported:

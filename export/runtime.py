@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from textok_fast.config import DiTConfig, TexTokConfig, from_mapping
 from textok_fast.errors import InputError
+from textok_fast.export import tensorrt
 from textok_fast.export.directory import Manifest
 from textok_fast.inference.generator import GeneratorEngine
 from textok_fast.inference.packages import BOTTLENECK, PackagedGenerator, _both, load_package
@@ -40,7 +41,8 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
     """What ``textok-fast export`` wrote, as a pipeline where it holds generator and tokenizer, else as the one that it holds.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N"; None or "auto" is the GPU where torch and the runtime have one, else the CPU.
+        device: "cpu", "cuda" or "cuda:N"; None or "auto" is the GPU where torch and the runtime have one, else the CPU. Engines
+            of TensorRT and TensorRT-RTX run on a GPU alone; those that do not suit it are built again.
         provider: of ONNX Runtime, of :data:`PROVIDERS`; empty for the device's own.
 
     Raises: InputError for a directory that is none or not complete, a runtime that is not installed, and a device that it does
@@ -51,6 +53,9 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
     manifest.require_complete(directory)
     if manifest.to == "aoti":
         return _packages(directory, manifest, device)
+    if manifest.to in tensorrt.MODULES:
+        place = _gpu(device)
+        return assemble(directory, manifest, place, lambda name: tensorrt.load_engine(directory, name, place))
     if manifest.to != "onnx":
         raise InputError(f"{directory} was exported to {manifest.to}, which textok_fast.export.load does not run")
     place = _place(device, provider)
@@ -99,6 +104,11 @@ def _packages(directory: Path, manifest: Manifest, device: str | torch.device | 
     if not engines:
         raise InputError(f"{directory} holds no package: export again")
     return next(iter(engines.values()))
+
+
+def _gpu(device: str | torch.device | None) -> torch.device:
+    place = resolve_device("cuda" if device is None or str(device) == "auto" else device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
 
 
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from textok_fast.export.tensorrt import onnx_files, read_about
 from textok_fast.files import write_atomically, write_text
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
+FILES = ("model_repository", "compose.yaml", "Dockerfile", "client.py")
 MODELS = {"encoder": "encoder", "decoder": "decoder", "generator": "forward", "text": "text"}  # model: graph
 TEXT_LENGTH = 16  # to a multiple of which ``generate`` pads captions
 SCRIPTS = Path(__file__).parent
@@ -134,7 +135,7 @@ def write_repository(directory: str | Path, out: str | Path, options: ServerOpti
             _write_generate(work / "generate", directory, manifest, served, options)
         names = sorted(path.name for path in work.iterdir())
         work.chmod(0o755)
-        final = out / "model_repository"
+        final = out / FILES[0]
         old = Path(tempfile.mkdtemp(dir=out, prefix=".model_repository."))
         if final.exists():
             final.replace(old / final.name)

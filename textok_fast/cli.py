@@ -44,7 +44,7 @@ PRECISIONS = ("fp32", "bf16", "fp8", "int8", "auto")
 WEIGHT_KINDS = ("dit", "diffusers-dit", "dit-1d", "sit-1d", "titok", "tatitok", "softvq", "maetok", "sd-vae")
 # Of textok_fast.export, which a test compares.
 EXPORT_WHAT = ("encoder", "decoder", "generator", "text", "all")
-EXPORT_TARGETS = ("onnx", "aoti")
+EXPORT_TARGETS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx", "triton-server")
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 COMPILE_MODES = ("none", "default", "max-autotune")
 
@@ -230,6 +230,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--calibration", choices=("max", "percentile", "mse"), help="of fp8 and int8 (default: percentile)")
     export.add_argument("--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)")
     export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
+    export.add_argument("--targets", nargs="+", metavar="SM",
+        help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one at hand, else sm_80, 86, 89 and 120)")  # fmt: skip
+    for name, what in (("batch", "samples"), ("text-length", "tokens of a caption")):
+        export.add_argument(
+            f"--{name}", nargs=3, type=int, metavar=("LEAST", "USUAL", "MOST"), help=f"{what} that engines serve"
+        )
+    export.add_argument("--timing-cache", type=Path, metavar="FILE", help="of tensorrt: kernel times, read and written")
     export.add_argument("--out", type=Path, required=True)
 
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
@@ -502,6 +509,10 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
 
     options: dict[str, Any] = {"what": args.what, "precision": args.precision, "images": args.images, "pictures": args.pictures}
     given = {"calibration": args.calibration, "tolerance": args.tolerance, "device": args.device}
+    given |= {"targets": args.targets, "timing_cache": args.timing_cache}
+    sizes = {"batch": args.batch, "text_length": args.text_length}
+    if profile := {name: tuple(size) for name, size in sizes.items() if size is not None}:
+        given["profiles"] = [profile]
     options |= {name: value for name, value in given.items() if value is not None}
 
     def say(what: str) -> None:
