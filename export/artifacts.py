@@ -314,7 +314,7 @@ def export_engines(
     """The graphs of :func:`export_onnx` and, beside each, its engine (:func:`textok_fast.export.tensorrt.build_engines`).
 
     Where this GPU runs the engines they are compared as the ONNX files are, and added to the table; elsewhere it says that they
-    were not run. ``profiles``, ``targets``, ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
+    were not run. Of a graph that the builder refuses the log stays beside ``out``. ``profiles``, ``targets``, ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
     """
     tensorrt.import_module(to)  # before minutes of tracing
     options = tensorrt.BuildOptions(profiles, targets, timing_cache=timing_cache)
@@ -326,7 +326,13 @@ def export_engines(
         manifest.to = to
         for name in [name for name, entry in manifest.files.items() if entry["file"].endswith(".onnx")]:
             say(f"building {name}")
-            (built,) = tensorrt.build_engines(work, to, [name], options)
+            try:
+                (built,) = tensorrt.build_engines(work, to, [name], options)
+            except InputError as error:
+                written, kept = work / f"{name}.engine.log", Path(f"{out}.{name}.engine.log")
+                if written.is_file():
+                    shutil.copy(written, kept)  # the rest goes
+                raise InputError(str(error).replace(str(written), str(kept))) from None
             manifest.parts += [f"{name}.engine{suffix}" for suffix in ("", ".json", ".log", ".cache")]
             rows += _compare_engine(built, name, source, images, pictures, precision, tolerance)
         if failed := [row for row in rows if row.passed is False]:

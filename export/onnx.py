@@ -179,8 +179,11 @@ def _joined(graph: Graph, parts: Sequence[Part], known: dict[str, ir.Model]) -> 
         for value in copied.inputs:
             wire = part.inputs[str(value.name)]
             if wire not in values:  # an input of the whole
-                shape = None if value.shape is None else ir.Shape(list(value.shape))
-                values[wire] = ir.Value(name=wire, type=value.type, shape=shape)
+                assert value.shape is not None
+                sizes: list[Any] = list(value.shape)
+                for axis, size in graph.axes[wire].items():  # the whole's names: a part's rows may be its batch
+                    sizes[axis] = size
+                values[wire] = ir.Value(name=wire, type=value.type, shape=ir.Shape(sizes))
             ir.convenience.replace_all_uses_with(value, values[wire])
         outputs = {str(value.name): value for value in copied.outputs}
         copied.outputs.clear()

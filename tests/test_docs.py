@@ -151,7 +151,7 @@ def test_every_public_weight_in_the_readme_is_one_command(public: Path) -> None:
         assert callable(_parse(shlex.split(command)[1:]).handler)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/engine.md", "docs/operations.md", "docs/weights.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/engine.md", "docs/operations.md", "docs/serving.md", "docs/weights.md"])
 def test_commands_parse(name: str) -> None:
     lines = [line for block in blocks(read(name), "bash") for line in block.splitlines() if line.startswith("textok-fast ")]
     commands = [shlex.split(line, comments=True)[1:] for line in lines]

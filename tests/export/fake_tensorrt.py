@@ -1,13 +1,14 @@
 """The part of TensorRT's Python API that textok_fast uses, over onnx and ONNX Runtime: "engines" that run on CPU memory.
 
-An engine is its ONNX file's bytes behind a header. Execution reads and writes nothing but the addresses it was given, as the
-library does, and checks them and the shapes against the profile.
+An engine is its ONNX file's bytes behind a header and its profiles. Execution reads and writes nothing but the addresses it was
+given, as the library does, and checks them and the shapes against the profile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,7 +153,7 @@ def module(name: str = "tensorrt", version: str = "10.0", validity: str = "VALID
                 self.logger.log(Severity.ERROR, fails)
                 return None
             calls["built"] = config.profiles
-            return HEADER + network.data
+            return HEADER + json.dumps(config.profiles).encode() + b"\0" + network.data
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
@@ -163,8 +164,10 @@ def module(name: str = "tensorrt", version: str = "10.0", validity: str = "VALID
 
     class Engine:
         def __init__(self, data: bytes) -> None:
-            self.session = onnxruntime.InferenceSession(data[len(HEADER) :], providers=["CPUExecutionProvider"])
-            graph = onnx.load_from_string(data[len(HEADER) :]).graph
+            profiles, _, data = data[len(HEADER) :].partition(b"\0")
+            self.profiles = json.loads(profiles)
+            self.session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+            graph = onnx.load_from_string(data).graph
             self.inputs = {value.name: Tensor(value) for value in graph.input}
             self.outputs = {value.name: Tensor(value) for value in graph.output}
             self.all = {**self.inputs, **self.outputs}
@@ -225,7 +228,7 @@ def module(name: str = "tensorrt", version: str = "10.0", validity: str = "VALID
             return True
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            low, _, high = calls["built"][self.profile][name]
+            low, _, high = self.engine.profiles[self.profile][name]
             assert all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
             self.shapes[name] = shape
             return True

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from textok_fast import TexTok
 from textok_fast.config import DiTConfig
 from textok_fast.export import export_decoder, export_encoder
+from textok_fast.export.graphs import generator_graphs
+from textok_fast.export.onnx import save, trace
 from textok_fast.modeling.dit import DiT
-from textok_fast.modeling.text_encoders import TextFeatures
 
 NAMES = ("decoder", "encoder", "forward")
 
@@ -26,23 +27,6 @@ def tiny_dit(num_classes: int = 5, text_dim: int = 8) -> DiT:
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return dit.eval()
-
-
-class Forward(nn.Module):
-    """x, t, y, text, text_mask -> output: forward.onnx, without what the generator does not read."""
-
-    def __init__(self, dit: DiT) -> None:
-        super().__init__()
-        self.dit = dit
-
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, text: Tensor | None = None, text_mask: Tensor | None = None
-    ) -> Tensor:
-        modulations = self.dit.modulation(self.dit.condition(t, y))
-        tokens = None
-        if text is not None and text_mask is not None and self.dit.text_embedder is not None:
-            tokens = self.dit.text_embedder(TextFeatures(text, text_mask), x.shape[0])
-        return self.dit.step(x, modulations, tokens, None)
 
 
 def export_once(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,13 +43,9 @@ def export_once(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.
 
 
 def export_generator(dit: DiT, directory: Path) -> None:
-    """forward.onnx with free ``batch`` and ``text_length``."""
-    inputs = {"x": torch.randn(2, 3, 4), "t": torch.tensor([1.0, 500.0])}
-    if dit.config.num_classes:
-        inputs["y"] = torch.tensor([0, dit.config.num_classes])
-    if dit.config.text_dim:
-        inputs |= {"text": torch.randn(2, 5, dit.config.text_dim), "text_mask": torch.ones(2, 5, dtype=torch.bool)}
-    export_module(Forward(dit), inputs, "output", directory / "forward.onnx")
+    """forward.onnx."""
+    (graph,) = [graph for graph in generator_graphs(dit) if graph.name == "forward"]
+    save(trace(graph, {}), directory / "forward.onnx")
 
 
 def export_module(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
