@@ -119,9 +119,14 @@ def export_onnx(
         if source.generator is not None and what in ("generator", "all"):
             about = {"textok_dit_config": to_dict(source.generator.config), "textok_pipeline": source.pipeline or {}}
             writer.write(generator_graphs(source.generator, dtype), about, generator_graphs, source.generator)
-        if what == "text" or (what == "all" and writer.material.text is not None and source.tokenizer is not None):
-            assert source.tokenizer is not None
-            _write_text(writer, source.tokenizer.text_encoder)
+        if source.tokenizer is not None and (what == "text" or (what == "all" and writer.material.text is not None)):
+            encoder: object = source.tokenizer.text_encoder  # anybody may have put his own there
+            if isinstance(encoder, TextEncoder):
+                _write_text(writer, encoder)
+            elif what == "text":
+                raise InputError(
+                    f"only text encoders of transformers are exported, this tokenizer has a {type(encoder).__name__}"
+                )
         if {"decoder", "sampler"} <= set(manifest.files) and precision not in NOT_RUN and source.process is not None:
             say("whole samples")
             writer.rows += whole_samples(source, writer.material, work, precision)
@@ -164,7 +169,8 @@ class _Writer:
     ) -> None:
         """``exact(model)``: the same graphs in float32, by which a failure is located; None: these are."""
         precision = self.precision if exact is not None else "fp32"
-        models, known = [], {}
+        models: list[Any] = []
+        known: dict[str, Any] = {}
         for graph in graphs:
             self.say(f"tracing {graph.name}")
             models.append(onnx_files.trace(graph, {**about, "textok_precision": precision}, self.opset, known))
@@ -216,8 +222,8 @@ class _Writer:
         else:
             what = f"largest error {row.max_abs:.3g}, relative {row.relative:.3g}"
         raise InputError(
-            f"nothing was written: {graph.name}'s {row.output} in {row.precision} differs from PyTorch's by more than {limit:.3g} "
-            f"({what}); {where}. Allow more with a tolerance, or choose another precision or calibration"
+            f"nothing was written: {graph.name}'s {row.output} in {row.precision} differs from PyTorch's by more than "
+            f"{limit:.3g} ({what}); {where}. Allow more with a tolerance, or choose another precision or calibration"
         )
 
 
@@ -458,7 +464,7 @@ def whole_samples(source: Source, material: Material, directory: Path, precision
         noise = torch.randn(start.shape, generator=draw)
         inputs = [{"x": x, "index": index, "noise": noise, **fixed} for x, index in states]
         states = [tuple(graph.reference(**inputs[0])), tuple(onnx_files.run(handle, inputs[1], list(graph.outputs)))]  # type: ignore[list-item]
-    text = {name: given[name] for name in ("text", "text_mask") if name in given and name in decoder.axes}
+    text = {name: value for name, value in given.items() if name.startswith("text") and name in decoder.axes}
     wanted = decoder.reference(tokens=states[0][0], **text)[0]
     got = onnx_files.run(decode, {"tokens": states[1][0], **text})[0]
     rows = []

@@ -100,7 +100,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:
-        """Of a directory that ``textok-fast export`` wrote; InputError for another, and for one whose files are not complete."""
+        """Of a directory that ``textok-fast export`` wrote; InputError for another."""
         path = Path(directory) / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,9 @@ class Manifest:
         for entry in self.files.values():
             path = directory / entry["file"]
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise InputError(f"{directory} is not complete: {entry['file']} is missing or cut short; copy or export it again")
+                raise InputError(
+                    f"{directory} is not complete: {entry['file']} is missing or cut short; copy or export it again"
+                )
 
     def add(self, directory: Path, name: str, file: str) -> None:
         """Takes note of a finished file."""

@@ -1,7 +1,7 @@
 """The modules that are exported: functions of named tensors, traced once for any batch and any caption length.
 
-Inputs and outputs are float32, int64 and bool in every precision; what lies between is in the graph's own. As in the engines the
-residual stream and the embedding of time and class stay float32, and a tokenizer's constant rows are computed here, once.
+Inputs and outputs are float32, int64 and bool in every precision; what lies between is in the graph's own. As in the engines
+the residual stream and the embedding of time and class stay float32, and a tokenizer's constant rows are computed here, once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from textok_fast import ops
-from textok_fast.errors import InputError
 from textok_fast.inference.generator import sample_shape
 from textok_fast.inference.precision import STREAM, cast
 from textok_fast.inference.tokenizer import FastDecoder, FastEncoder
@@ -59,7 +58,7 @@ class Graph(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def reference(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+    def reference(self, *_: Any, **inputs: Any) -> tuple[Tensor, ...]:
         """What the PyTorch class gives for the same inputs, in float32."""
         raise NotImplementedError
 
@@ -311,7 +310,7 @@ class ModulationGraph(_GeneratorGraph):
 
 
 class StepGraph(_GeneratorGraph):
-    """x, rows (B, L) of :class:`ModulationGraph`, text, text_mask, image_tokens -> output: a step without its adaLN products."""
+    """x, rows (B, L) of :class:`ModulationGraph`, text, text_mask, image_tokens -> output: a step without adaLN products."""
 
     name, outputs = "step", ("output",)
 
@@ -498,7 +497,7 @@ class _UpdateGraph(_GeneratorGraph):
 
 
 class TextGraph(Graph):
-    """input_ids (B, N_t) int64, attention_mask (B, N_t) int64 -> text (B, N_t, D_t): the frozen encoder's last hidden states."""
+    """input_ids, attention_mask (B, N_t) int64 -> text (B, N_t, D_t): the frozen encoder's last hidden states."""
 
     name, outputs = "text", ("text",)
 

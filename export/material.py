@@ -62,7 +62,11 @@ class Material:
             assert generator is not None
             tokens = torch.randn(count, *sample_shape(generator), generator=draw)
             dim = generator.config.text_dim
-            text = TextFeatures(torch.randn(count, 8, dim, generator=draw), torch.ones(count, 8, dtype=torch.bool)) if dim else None
+            text = (
+                TextFeatures(torch.randn(count, 8, dim, generator=draw), torch.ones(count, 8, dtype=torch.bool))
+                if dim
+                else None
+            )
             return cls(source, "normal numbers: there is no tokenizer beside the generator", None, text, tokens, labels)
         config = tokenizer.config
         size = config.image_size
@@ -76,7 +80,9 @@ class Material:
         pixels = from_uint8(batch["images"])  # (n, 3, S, S)
         reads = config.text_in_encoder or config.text_in_decoder or (generator is not None and generator.config.text_dim)
         text = tokenizer.text_features(batch["captions"], found) if reads else None
-        parts = [tokenizer.encode(pixels[i : i + BATCH], _part(text, slice(i, i + BATCH))).mode() for i in range(0, found, BATCH)]
+        parts = [
+            tokenizer.encode(pixels[i : i + BATCH], _part(text, slice(i, i + BATCH))).mode() for i in range(0, found, BATCH)
+        ]
         return cls(source, dataset.describe(), pixels, text, torch.cat(parts), labels[:found])
 
     def __len__(self) -> int:
@@ -96,7 +102,7 @@ class Material:
 
     @torch.no_grad()
     def inputs(self, graph: Graph) -> Iterator[Inputs]:
-        """What the pictures give the graph, :data:`BATCH` at a time. A generator sees them at times spread over all there are."""
+        """What the pictures give the graph, :data:`BATCH` at a time. A generator sees them at times spread over all."""
         if graph.name == "text":
             return
         for number, start in enumerate(range(0, len(self), BATCH)):
@@ -143,7 +149,11 @@ class Material:
             index = torch.tensor([min(int((1 - level) * STEPS), STEPS - 1)])
             made |= {"index": index, "table": program.table, "times": program.times.float()}
         else:
-            made |= {"index": torch.tensor([0]), "table": torch.tensor([[2.0, 1.0, -level, 0.5, 0.5, 0.0, 0.0, 0.0]]), "times": t[:1]}
+            made |= {
+                "index": torch.tensor([0]),
+                "table": torch.tensor([[2.0, 1.0, -level, 0.5, 0.5, 0.0, 0.0, 0.0]]),
+                "times": t[:1],
+            }
         return made
 
 

@@ -103,9 +103,7 @@ def runtime_name() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-def trace(
-    graph: Graph, about: dict[str, Any], opset: int = OPSET, known: dict[str, ir.Model] | None = None
-) -> ir.Model:
+def trace(graph: Graph, about: dict[str, Any], opset: int = OPSET, known: dict[str, ir.Model] | None = None) -> ir.Model:
     """The graph as a model in memory, with named inputs, outputs and weights; ``about`` becomes its metadata, as JSON.
 
     ``known``: models that were traced before, by name, which gains those that are traced here: a graph made of others is put
@@ -154,7 +152,9 @@ def _traced(graph: Graph, opset: int) -> ir.Model:
         )
     assert program is not None
     model: ir.Model = program.model
-    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | set(map(str, model.functions))
+    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | set(
+        map(str, model.functions)
+    )
     if foreign:
         raise InputError(f"the graph {graph.name} needs {min(foreign)}, which is no operator of ONNX's own")
     for value in model.graph.inputs:  # the exporter does not say so when a size became a constant
@@ -234,7 +234,7 @@ def _name_weights(model: ir.Model) -> None:
         if node.op_type != "MatMul" or (weight := node.inputs[1]) is None or weight.name not in initializers:
             continue
         name = f"{scope(node)}.weight_t"
-        if weight.name.startswith("val_") and name not in initializers:
+        if str(weight.name).startswith("val_") and name not in initializers:
             weight.name = name  # the graph's table follows
 
 

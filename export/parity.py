@@ -20,8 +20,8 @@ from textok_fast.export.onnx import run, save, scope, session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# What an export may differ by: in fp32 the largest difference, measured in units of the reference's largest number where that is
-# above 1; else the norm of the difference over the reference's norm. Of code indices, the share that differs.
+# What an export may differ by: in fp32 the largest difference, in units of the reference's largest where that is above 1;
+# else the norm of the difference over the reference's norm. Of code indices, the share that differs.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.15, "fp8": 0.15}
 INDEX_TOLERANCES = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.2, "int8": 0.5, "fp8": 0.5}
 
@@ -175,7 +175,9 @@ def layer_errors(graph: Graph, model: ir.Model, given: Inputs, directory: Path) 
             path = Path(work).with_suffix(".onnx")  # beside the weights
             try:
                 save(model, path)
-                results = dict(zip(values, run(session(path), given, [str(value.name) for value in values.values()]), strict=True))
+                results = dict(
+                    zip(values, run(session(path), given, [str(value.name) for value in values.values()]), strict=True)
+                )
             finally:
                 path.unlink(missing_ok=True)
     finally:
@@ -209,8 +211,10 @@ def describe_departure(errors: Sequence[LayerError], limit: float) -> str:
     first = next((each for each in errors if not each.relative <= limit), None)
     worst = max(errors, key=lambda each: math.inf if math.isnan(each.relative) else each.relative)
     if first is None:
-        return f"no single layer is off by more than {limit:.2g}; the largest relative error is {worst.relative:.2g} at {worst.layer}"
-    return f"the first layer to depart is {first.layer} (relative error {first.relative:.2g}), the worst {worst.layer} ({worst.relative:.2g})"
+        largest = f"the largest relative error is {worst.relative:.2g} at {worst.layer}"
+        return f"no single layer is off by more than {limit:.2g}; {largest}"
+    rest = f"(relative error {first.relative:.2g}), the worst {worst.layer} ({worst.relative:.2g})"
+    return f"the first layer to depart is {first.layer} {rest}"
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------------
@@ -225,7 +229,13 @@ def table(rows: Sequence[OutputParity], title: str, note: str = "") -> str:
     ]
     for row in rows:
         verdict = row.reason if row.passed is None else "passed" if row.passed else f"failed {row.reason}".strip()
-        cells = [_number(row.max_abs), _number(row.relative), _number(row.differing), _decibels(row.psnr), _number(row.tolerance)]
+        cells = [
+            _number(row.max_abs),
+            _number(row.relative),
+            _number(row.differing),
+            _decibels(row.psnr),
+            _number(row.tolerance),
+        ]
         lines.append(f"| {row.graph} | {row.output} | {row.precision} | {row.cases} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines) + "\n"
 

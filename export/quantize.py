@@ -1,9 +1,9 @@
 """Post-training quantization of exported graphs: calibrate on real inputs, then write Q/DQ nodes around the products.
 
-What TensorRT and ONNX Runtime fuse into an int8 or FP8 product: both of its inputs quantized and at once dequantized, the weight
-with a scale for each output channel, the activation with one for the whole tensor, both symmetric (Wu et al. 2020, arXiv
-2004.09602). Only products with a weight are touched. LayerNorm, softmax and attention's own products stay as they are, and so do
-the embeddings and the last layer, where an error is not averaged out, and adaLN's products, whose error every block would see.
+What TensorRT and ONNX Runtime fuse into an int8 or FP8 product: both of its inputs quantized and at once dequantized, the
+weight with a scale for each output channel, the activation with one for the whole tensor, both symmetric (Wu et al. 2020, arXiv
+2004.09602). Only products with a weight are touched. LayerNorm, softmax and attention's own products stay as they are, and so
+do the embeddings and the last layer, where an error is not averaged out, and adaLN's products, which all blocks would see.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def products(model: ir.Model, left_alone: Sequence[str] = ()) -> list[Product]:
         place = scope(node)
         if any(place == each or place.startswith(f"{each}.") for each in left_alone) or "adaLN_modulation" in place:
             continue
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+        transposed = node.op_type == "Gemm" and (flag := node.attributes.get("transB")) is not None and flag.as_int() == 1
         found.append(Product(node, activation, weight, 0 if transposed else 1))
     return found
 
@@ -75,8 +75,8 @@ def calibrate(
 ) -> dict[str, float]:
     """The largest magnitude that each product's activation is to hold, by its name.
 
-    ``max``: the largest seen; ``percentile``: 99.99 % of the numbers are within it; ``mse``: the one whose rounding and clipping
-    loses least, of 64 between an eighth of the largest and all of it.
+    ``max``: the largest seen; ``percentile``: 99.99 % of the numbers are within it; ``mse``: the one whose rounding and
+    clipping loses least, of 64 between an eighth of the largest and all of it.
 
     Args:
         inputs: what the graph is run on, in float32, in ONNX Runtime.
@@ -130,7 +130,9 @@ def _percentile(histogram: Tensor, largest: float, precision: str) -> float:
 def _least_error(histogram: Tensor, largest: float, precision: str) -> float:
     centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) * largest / BINS  # (bins,)
     candidates = largest * torch.linspace(0.125, 1.0, 64, dtype=torch.float64)
-    errors = [float((histogram * (centers - round_trip(centers, float(each), precision)).square()).sum()) for each in candidates]
+    errors = [
+        float((histogram * (centers - round_trip(centers, float(each), precision)).square()).sum()) for each in candidates
+    ]
     return float(candidates[int(np.argmin(errors))])
 
 

@@ -75,7 +75,7 @@ def assemble(directory: Path, manifest: Manifest, device: torch.device, program:
             programs["text"] = lambda *given: list(given)  # the step takes features and mask as they are
         generator = PackagedGenerator(config, plan, device, programs, size)
     if manifest.tokenizer is not None and {"encoder", "decoder", "text"} & set(manifest.files):
-        sides = {name: program(name) for name in ("encoder", "decoder") if name in manifest.files}
+        sides: dict[str, Program] = {str(name): program(name) for name in ("encoder", "decoder") if name in manifest.files}
         tokenizer = ExportedTokenizer(from_mapping(TexTokConfig, manifest.tokenizer), plan, device, sides, size, directory)
         if "text" in manifest.files and manifest.text is not None:
             config_ = tokenizer.config
@@ -98,9 +98,7 @@ def _packages(directory: Path, manifest: Manifest, device: str | torch.device | 
         generator, tokenizer = engines["generator"], engines["tokenizer"]
         assert isinstance(generator, GeneratorEngine) and isinstance(tokenizer, TokenizerEngine)
         name = str(directory / "export.json")
-        return build_pipeline(
-            generator.model, tokenizer.model, manifest.pipeline, name, engines=(generator, tokenizer)
-        )
+        return build_pipeline(generator.model, tokenizer.model, manifest.pipeline, name, engines=(generator, tokenizer))
     if not engines:
         raise InputError(f"{directory} holds no package: export again")
     return next(iter(engines.values()))

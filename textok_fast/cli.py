@@ -217,18 +217,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="what shapes do not tell: heads=4, guided_channels=3, schedule=linear, tokenizer.heads=4",
     )
 
-    export = _command(commands, "export", run_export, "write models for deployment, each compared with PyTorch before it counts",
+    export = _command(commands, "export", run_export, "write models for deployment, compared with PyTorch before they count",
         "textok-fast export --model runs/dit/final --to onnx --precision int8 --images photos --out deploy")  # fmt: skip
-    export.add_argument("--model", required=True, help="a tokenizer, a generator (directory or Hub id) or a pipeline's directory")
+    export.add_argument(
+        "--model", required=True, help="a tokenizer, a generator (directory or Hub id) or a pipeline's directory"
+    )
     export.add_argument("--what", choices=EXPORT_WHAT, default="all", help="(default: all that there is)")
     export.add_argument("--to", choices=EXPORT_TARGETS, default="onnx", help="(default: %(default)s)")
     export.add_argument("--precision", choices=EXPORT_PRECISIONS, default="fp32",
         help="fp8 and int8 quantize the products, calibrated on the pictures (default: %(default)s)")  # fmt: skip
     export.add_argument("--images", type=Path, metavar="FOLDER",
-        help="captioned pictures to calibrate and compare on (default: scenes of emoji if fetched, else of drawn shapes)")  # fmt: skip
+        help="captioned pictures to calibrate and compare on (default: scenes of emoji, or of drawn shapes)")  # fmt: skip
     export.add_argument("--pictures", type=int, default=8, help="how many of them (default: %(default)s)")
     export.add_argument("--calibration", choices=("max", "percentile", "mse"), help="of fp8 and int8 (default: percentile)")
-    export.add_argument("--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)")
+    export.add_argument(
+        "--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)"
+    )
     export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
     export.add_argument("--targets", nargs="+", metavar="SM",
         help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one at hand, else sm_80, 86, 89 and 120)")  # fmt: skip

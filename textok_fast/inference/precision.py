@@ -104,9 +104,7 @@ def prepare(
     return prepared
 
 
-def cast(
-    model: Model, dtype: torch.dtype, device: torch.device | None = None, kept: dict[int, Any] | None = None
-) -> Model:
+def cast(model: Model, dtype: torch.dtype, device: torch.device | None = None, kept: dict[int, Any] | None = None) -> Model:
     """A copy for inference with its floats in ``dtype``, on ``device`` or where they are; what stays the same is shared.
 
     ``kept``: by id, what takes the place of a tensor in the copy.
