@@ -320,7 +320,8 @@ def export_engines(
     """The graphs of :func:`export_onnx` and, beside each, its engine (:func:`textok_fast.export.tensorrt.build_engines`).
 
     Where this GPU runs the engines they are compared as the ONNX files are, and added to the table; elsewhere it says that they
-    were not run. Of a graph that the builder refuses the log stays beside ``out``. ``profiles``, ``targets``, ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
+    were not run. Of a graph that the builder refuses the log stays beside ``out``. ``profiles``, ``targets``,
+    ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
     """
     tensorrt.import_module(to)  # before minutes of tracing
     options = tensorrt.BuildOptions(profiles, targets, timing_cache=timing_cache)

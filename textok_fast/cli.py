@@ -235,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
     export.add_argument("--targets", nargs="+", metavar="SM",
-        help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one at hand, else sm_80, 86, 89 and 120)")  # fmt: skip
+        help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one here, or sm_80, 86, 89, 120)")  # fmt: skip
     for name, what in (("batch", "samples"), ("text-length", "tokens of a caption")):
         export.add_argument(
             f"--{name}", nargs=3, type=int, metavar=("LEAST", "USUAL", "MOST"), help=f"{what} that engines serve"
