@@ -434,8 +434,7 @@ def export(model: Source | str | Path, out: str | Path, to: str = "onnx", **opti
 
 def _write_text(writer: _Writer, encoder: TextEncoder) -> None:
     network = encoder._loaded()
-    graph = TextGraph(network.model, len(network.tokenizer), network.max_positions)
-    writer.write([graph], {"textok_text_encoder": encoder.name})
+    writer.write([TextGraph.of(encoder)], {"textok_text_encoder": encoder.name})
     network.tokenizer.save_pretrained(writer.work / TEXT_FOLDER)
     writer.manifest.parts.append(TEXT_FOLDER)
     writer.manifest.text = {

@@ -18,7 +18,7 @@ from textok_fast.inference.generator import sample_shape
 from textok_fast.inference.precision import STREAM, cast
 from textok_fast.inference.tokenizer import FastDecoder, FastEncoder
 from textok_fast.modeling.dit import DiT
-from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.ops.guided import guided_step_reference
 
@@ -505,6 +505,11 @@ class TextGraph(Graph):
         super().__init__()
         self.encoder, self._vocabulary, self.most_text = encoder, vocabulary, most_text
         self.axes = {"input_ids": {0: BATCH, 1: TEXT}, "attention_mask": {0: BATCH, 1: TEXT}}
+
+    @classmethod
+    def of(cls, encoder: TextEncoder) -> TextGraph:
+        network = encoder._loaded()
+        return cls(network.model, len(network.tokenizer), network.max_positions)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         return (self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)

@@ -58,9 +58,9 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
         return assemble(directory, manifest, place, lambda name: tensorrt.load_engine(directory, name, place))
     if manifest.to != "onnx":
         raise InputError(f"{directory} was exported to {manifest.to}, which textok_fast.export.load does not run")
-    place = _place(device, provider)
-    program = functools.partial(OnnxProgram, device=place, provider=provider)
-    return assemble(directory, manifest, place, lambda name: program(directory / manifest.files[name]["file"]))
+    where = place(device, provider)
+    program = functools.partial(OnnxProgram, device=where, provider=provider)
+    return assemble(directory, manifest, where, lambda name: program(directory / manifest.files[name]["file"]))
 
 
 def assemble(directory: Path, manifest: Manifest, device: torch.device, program: Callable[[str], Program]) -> Loaded:
@@ -112,7 +112,7 @@ def _gpu(device: str | torch.device | None) -> torch.device:
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------
 
 
-def _place(device: str | torch.device | None, provider: str) -> torch.device:
+def place(device: str | torch.device | None, provider: str) -> torch.device:
     """The device, and InputError where the installed ONNX Runtime has no provider for it."""
     try:
         import onnxruntime
@@ -123,17 +123,17 @@ def _place(device: str | torch.device | None, provider: str) -> torch.device:
     there = onnxruntime.get_available_providers()
     if (device is None or str(device) == "auto") and (provider == "cpu" or PROVIDERS["cuda"] not in there):
         return torch.device("cpu")
-    place = resolve_device(device)
-    wanted = PROVIDERS[provider or place.type]
-    if provider and (provider == "cpu") != (place.type == "cpu"):
-        raise InputError(f"the provider {provider!r} does not run on {place}")
+    found = resolve_device(device)
+    wanted = PROVIDERS[provider or found.type]
+    if provider and (provider == "cpu") != (found.type == "cpu"):
+        raise InputError(f"the provider {provider!r} does not run on {found}")
     if wanted not in there:
         raise InputError(
             f"this build of ONNX Runtime has no {wanted}, only {', '.join(there)}: install onnxruntime-gpu, or use device='cpu'"
         )
-    if str(place) == "cuda":
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
+    if str(found) == "cuda":
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 class OnnxProgram:

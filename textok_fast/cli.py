@@ -295,6 +295,17 @@ def build_parser() -> argparse.ArgumentParser:
     steps.add_argument("--device", default="auto")
     steps.add_argument("--out", type=Path, help="JSON; a Markdown table and an SVG plot are written beside it")
 
+    deploy = _command(kinds, "deploy", run_bench_deploy, "time exported artifacts beside PyTorch and the engine, in turn",
+        "textok-fast bench deploy deploy/fp32 deploy/int8 --model runs/dit/final --out deploy.json")  # fmt: skip
+    deploy.add_argument("directories", nargs="+", metavar="DIR", help="directories that `export` wrote")
+    deploy.add_argument("--model", required=True, help="what they were exported from")
+    deploy.add_argument("--batch", type=int, nargs="+", default=[1])
+    deploy.add_argument("--text-tokens", type=int, default=16, help="length of the captions (default: %(default)s)")
+    deploy.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
+    deploy.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    deploy.add_argument("--device", default="auto")
+    deploy.add_argument("--out", type=Path, help="JSON; the table is written beside it")
+
     for name, (help_text, settings) in STUDIES.items():
         study = _command(kinds, name, run_bench_study, help_text, f"textok-fast bench {name} --out {name} {settings}")
         study.set_defaults(study=name)
@@ -645,6 +656,34 @@ def run_bench_study(args: argparse.Namespace) -> dict[str, Any]:
         print("wrote " + ", ".join(map(str, files)))
     values: dict[str, Any] = result.to_dict()
     return values
+
+
+def run_bench_deploy(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation.deploy import DeployConfig, DeployResult, run_deploy
+    from textok_fast.files import write_text
+
+    config = DeployConfig(
+        directories=tuple(args.directories),
+        model=args.model,
+        batch=tuple(args.batch),
+        text_tokens=args.text_tokens,
+        rounds=args.rounds,
+        threads=args.threads,
+        device=args.device,
+    )
+    if args.out is not None:
+        _require_writable(args.out)
+
+    def keep(result: DeployResult) -> None:
+        if args.out is not None:
+            write_text(args.out, json.dumps(result.to_dict(), indent=1) + "\n")
+            write_text(args.out.with_suffix(".md"), result.to_markdown())
+
+    result = run_deploy(config, command=args.command_line, on_result=keep)
+    print(result.to_markdown())
+    if args.out is not None:
+        print(f"wrote {args.out} and {args.out.with_suffix('.md')}")
+    return result.to_dict()
 
 
 def run_info(args: argparse.Namespace) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_what_cannot_be_loaded_is_named(make_tokenizer: Make, tmp_path: Path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="has no CUDAExecutionProvider"):
-        runtime._place("cuda:0", "")
+        runtime.place("cuda:0", "")
 
 
 @pytest.mark.slow
