@@ -54,8 +54,8 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
     if manifest.to == "aoti":
         return _packages(directory, manifest, device)
     if manifest.to in tensorrt.MODULES:
-        place = _gpu(device)
-        return assemble(directory, manifest, place, lambda name: tensorrt.load_engine(directory, name, place))
+        gpu = tensorrt.gpu_device(device)
+        return assemble(directory, manifest, gpu, lambda name: tensorrt.load_engine(directory, name, gpu))
     if manifest.to != "onnx":
         raise InputError(f"{directory} was exported to {manifest.to}, which textok_fast.export.load does not run")
     where = place(device, provider)
@@ -102,11 +102,6 @@ def _packages(directory: Path, manifest: Manifest, device: str | torch.device | 
     if not engines:
         raise InputError(f"{directory} holds no package: export again")
     return next(iter(engines.values()))
-
-
-def _gpu(device: str | torch.device | None) -> torch.device:
-    place = resolve_device("cuda" if device is None or str(device) == "auto" else device)
-    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
 
 
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------

@@ -484,7 +484,7 @@ def load_engine(
     engine = Path(directory) / f"{name}.engine"
     about = read_about(engine)
     trt = import_module(about.to)
-    place = resolve_device("cuda" if device is None else device)
+    place = gpu_device(device)
     with _device(place):
         gpu = this_gpu()
         if reason := why_not_here(engine, about, trt.__version__, gpu):
@@ -501,6 +501,14 @@ def _same_options(about: EngineFile) -> BuildOptions:
     """Those that an engine was built with, for the GPU at hand."""
     profiles = [{name: (low, usual, high) for name, (low, usual, high) in sizes.items()} for sizes in about.profiles]
     return BuildOptions(profiles=profiles, refit=about.refit, workspace=about.workspace, level=about.level)
+
+
+def gpu_device(device: str | torch.device | None = None) -> torch.device:
+    """A CUDA device with its number; None and "auto" are torch's current one. InputError for another, and without one."""
+    place = resolve_device("cuda" if device is None or str(device) == "auto" else device)
+    if place.type != "cuda":
+        raise InputError(f"engines of TensorRT and TensorRT-RTX run on a GPU, got device {str(place)!r}")
+    return torch.device("cuda", torch.cuda.current_device()) if place.index is None else place
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import fake_triton  # noqa: E402
 from tiny_export import tiny_dit  # noqa: E402
 
 from textok_fast.cli import main  # noqa: E402
-from textok_fast.export import Manifest, export, load, runtime, tensorrt  # noqa: E402
+from textok_fast.export import Manifest, export, load, tensorrt  # noqa: E402
 from textok_fast.export.server import ServerOptions  # noqa: E402
 from textok_fast.inference import SamplingOptions  # noqa: E402
 from textok_fast.inference.pipelines import ClassToImagePipeline  # noqa: E402
@@ -41,8 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """TensorRT on a GPU that is the CPU."""
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module())
     monkeypatch.setattr(tensorrt, "this_gpu", lambda: ("sm_89", "NVIDIA L4"))
-    for module in (tensorrt, runtime):
-        monkeypatch.setattr(module, "resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "gpu_device", lambda device: torch.device("cpu"))
     monkeypatch.setattr(tensorrt, "_stream", lambda device: 7)
     monkeypatch.setattr(tensorrt, "ALIGNMENT", fake_tensorrt.ALIGNMENT)
     yield

@@ -140,6 +140,8 @@ def test_loading_says_that_there_is_no_gpu(exported: Path, tmp_path: Path) -> No
     build_engines(exported, "tensorrt-rtx", ["decoder"], BuildOptions([SIZES]), tmp_path)
     with pytest.raises(InputError, match="torch sees no GPU"):
         load_engine(tmp_path, "decoder")
+    with pytest.raises(InputError, match="run on a GPU, got device 'cpu'"):
+        load_engine(tmp_path, "decoder", "cpu")
 
 
 def quantized(path: Path) -> None:
@@ -181,7 +183,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         return module
 
     monkeypatch.setattr(tensorrt, "this_gpu", lambda: GPU)
-    monkeypatch.setattr(tensorrt, "resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "gpu_device", lambda device: torch.device("cpu"))
     monkeypatch.setattr(tensorrt, "_stream", lambda device: 7)
     monkeypatch.setattr(tensorrt, "ALIGNMENT", fake_tensorrt.ALIGNMENT)
     yield install

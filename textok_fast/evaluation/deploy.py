@@ -170,11 +170,13 @@ def _call(engine: Any, name: str, given: Inputs) -> Call:
 
 def _exported(directory: Path, manifest: Manifest, name: str, given: Inputs, device: torch.device) -> Call:
     """The artifact, loaded."""
-    from textok_fast.export import runtime
+    from textok_fast.export import runtime, tensorrt
     from textok_fast.inference.packages import load_package
 
     if manifest.to == "aoti":
         return _call(load_package(directory / _PACKAGES[name], device), name, given)
+    if manifest.to in tensorrt.MODULES:
+        return functools.partial(tensorrt.load_engine(directory, name, device), *given.values())
     if manifest.to != "onnx":
         raise InputError(f"what is exported to {manifest.to} is not timed here")
     place = runtime.place(device, "")
