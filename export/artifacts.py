@@ -203,15 +203,20 @@ class _Writer:
                 self._refuse(failed[0], graph32, each, given[-1])
 
     def _quantize(self, graphs: Sequence[Graph], models: Sequence[Any], place: Path) -> None:
+        layers: dict[str, float] = {}  # of a product, by its module: graphs that have it in common quantize it alike
         with onnx_files.weights_beside(models, place / "weights.data") as store:
             for graph, model in zip(graphs, models, strict=True):
-                self.say(f"calibrating {graph.name}")
                 if store is not None:
                     onnx_files.save(model, place / f"{graph.name}.onnx", store)
                 found = quantize.products(model, graph.left_alone)
-                ranges = quantize.calibrate(
-                    model, found, list(self.calibrated_on.inputs(graph)), place, self.calibration, self.precision
-                )
+                names = {str(each.activation.name): onnx_files.scope(each.node) for each in found}
+                if set(names.values()) <= set(layers):
+                    ranges = {name: layers[layer] for name, layer in names.items()}
+                else:
+                    self.say(f"calibrating {graph.name}")
+                    given = list(self.calibrated_on.inputs(graph))
+                    ranges = quantize.calibrate(model, found, given, place, self.calibration, self.precision)
+                    layers |= {onnx_files.scope(each.node): ranges[str(each.activation.name)] for each in found}
                 quantize.quantize(model, found, ranges, self.precision)
 
     def _refuse(self, row: OutputParity, graph: Graph, model: Any, given: dict[str, Tensor]) -> None:

@@ -310,18 +310,23 @@ def _size(model: ir.Model) -> int:
 
 
 def save(model: ir.Model, path: Path, store: WeightFile | None = None) -> None:
-    """Writes a model, checks it in full and infers its shapes; its weights are read from the file from then on.
+    """Writes a model, checks it in full and infers its shapes. Weights that went to ``store`` are read from there from then on.
 
     Raises: InputError where the checker finds something.
     """
     import onnx
     import onnx_ir as ir
 
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        lies_there = isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == path.parent
+        if tensor is None or lies_there:
+            continue
+        if store is not None and tensor.nbytes >= _INLINE_BYTES:
+            value.const_value = store.add(tensor)
+        elif isinstance(tensor, ir.ExternalTensor):  # in the directory of an earlier file
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name)
     if store is not None:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= _INLINE_BYTES and not isinstance(tensor, ir.ExternalTensor):
-                value.const_value = store.add(tensor)
         store._file.flush()
     ir.save(model, path)
     try:

@@ -9,7 +9,7 @@ do the embeddings and the last layer, where an error is not averaged out, and ad
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 LEVELS = {"int8": 127.0, "fp8": 448.0}  # the largest number that each holds; fp8 is e4m3
 PERCENTILE = 99.99  # of |x|
 BINS = 2048
-_AT_ONCE = 16  # activations that one run of the graph hands out: all of them would take gigabytes
+_AT_ONCE = 2**30  # bytes of activations that one run of the graph hands out, about
 _SMALLEST = 2.0**-24  # a range: of an activation that is always 0
 
 
@@ -100,13 +100,17 @@ def calibrate(
     finally:
         del model.graph.outputs[count:]
     names = [name for name in values if name not in given]
-    parts = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
 
-    def activations() -> Any:
+    def activations() -> Iterator[tuple[str, Tensor]]:
         for example in inputs:
             yield from ((name, value) for name, value in example.items() if name in values)
-            for part in parts:
-                yield from zip(part, run(handle, example, part), strict=True)
+            done, size = 0, 8
+            while done < len(names):
+                part = names[done : done + size]
+                found = run(handle, example, part)
+                yield from zip(part, found, strict=True)
+                done += size
+                size = max(1, size * _AT_ONCE // max(1, sum(each.nbytes for each in found)))
 
     largest = dict.fromkeys(values, 0.0)
     for name, value in activations():
@@ -156,6 +160,8 @@ def quantize(model: ir.Model, found: Sequence[Product], ranges: dict[str, float]
 
     if precision not in LEVELS:
         raise InputError(f"a graph is quantized to {' or '.join(LEVELS)}, got {precision!r}")
+    if not found:
+        return 0
     graph = model.graph
     activations: dict[str, ir.Value] = {}  # name -> its dequantized form
     weights: dict[tuple[str, int], ir.Value] = {}

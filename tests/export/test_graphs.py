@@ -169,6 +169,16 @@ def test_a_size_that_became_a_constant_is_an_error(make_tokenizer: Make) -> None
         files.trace(Fixed(make_tokenizer(text="none", decoder_depth=1)), {})
 
 
+@pytest.mark.parametrize("limit", [1_000, 150_000])
+def test_large_models_are_quantized(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 graphs pass the limit; quantized all of them, or only some of them, do."""
+    monkeypatch.setattr(files, "EXTERNAL_BYTES", limit)
+    exported = export_onnx(Source(generator=tiny_dit(num_tokens=3, width=64)), tmp_path / "out", precision="int8", pictures=2)
+    assert all(row.passed for row in exported.parity)
+    assert "generator_weights" in exported.manifest.files
+    assert {path.name for path in (tmp_path / "out").iterdir()} == exported.manifest.owned
+
+
 def test_graphs_share_one_file_of_weights_beyond_protobufs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "EXTERNAL_BYTES", 10_000)
     model = tiny_dit(num_tokens=3, width=64)
