@@ -1,29 +1,39 @@
-"""ONNX export of the tokenizer's two halves, each checked against PyTorch in ONNX Runtime before it counts as written."""
+"""Models as ONNX: traced for any batch and caption length, of standard operators alone, each file complete or not there."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import hashlib
 import json
 import logging
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
+from textok_fast import __version__
 from textok_fast.config import to_dict
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically
-from textok_fast.modeling.text_encoders import TextFeatures
+from textok_fast.export.graphs import BATCH, TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, Part, on_cpu
 from textok_fast.modeling.tokenizer import TexTok
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 OPSET = 20  # the first with Gelu; 23's Attention is refused by some runtimes in float32
-CHECK_BATCHES = (1, 3)  # sizes the finished file is run at; traced at 2
-CHECK_TEXT_LENGTHS = (1, 7)  # traced at 5
+SCOPES = "pkg.torch.onnx.name_scopes"  # a node's metadata: the modules it lies in, outermost first
+EXTERNAL_BYTES = 2**31 - 2**24  # a file of protobuf holds 2 GB: from here on weights lie beside it
+_INLINE_BYTES = 2**10  # smaller tensors stay in the graph: shape inference reads them
+_ALIGNMENT = 2**16  # of weights in their file, so that a runtime can map it into memory on any system
+TRACED = (2, 5)  # batch and caption length, neither of them 1, which would become a constant
+CHECKED = ((1, 1), (3, 7))  # at which the finished file is run
 
 
 @dataclass
@@ -37,31 +47,6 @@ class OnnxCheck:
     runtime: str
 
 
-class DecoderGraph(nn.Module):
-    """tokens (B, N, d), text features and mask -> pixels (B, 3, S, S) in [-1, 1]: what :meth:`TexTok.decode` computes."""
-
-    def __init__(self, tokenizer: TexTok) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, tokens: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        features = None if text is None or text_mask is None else TextFeatures(text, text_mask)
-        return self.tokenizer.decoder(self.tokenizer.denormalize(tokens), features).clamp(-1.0, 1.0)
-
-
-class EncoderGraph(nn.Module):
-    """pixels (B, 3, S, S), text features and mask -> tokens (B, N, d): what :meth:`TexTok.encode` computes."""
-
-    def __init__(self, tokenizer: TexTok) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, pixels: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        features = None if text is None or text_mask is None else TextFeatures(text, text_mask)
-        out = self.tokenizer.bottleneck(self.tokenizer.encoder(pixels, features))
-        return self.tokenizer.normalize(out.latents if out.mean is None else out.mean)
-
-
 def export_decoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4) -> OnnxCheck:
     """Writes the decoder with dynamic batch and caption length; inputs ``tokens``, ``text``, ``text_mask``; output ``pixels``.
 
@@ -69,95 +54,207 @@ def export_decoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4)
     Raises InputError without onnx, onnxscript and onnxruntime, and when ONNX Runtime differs from PyTorch on the CPU by more
     than ``tolerance``; then no file is left.
     """
-    config = tokenizer.config
-    data = (config.num_tokens, config.latent_dim)
-    tokenizer = _on_cpu(tokenizer)
-    return _export(
-        DecoderGraph(tokenizer).eval(), tokenizer, "tokens", data, "pixels", config.text_in_decoder, Path(path), tolerance
-    )
+    return _export(DecoderGraph(on_cpu(tokenizer)), tokenizer, Path(path), tolerance)
 
 
 def export_encoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4) -> OnnxCheck:
-    """Writes the encoder; inputs ``pixels``, ``text``, ``text_mask``; output ``tokens``. Else as :func:`export_decoder`."""
-    config = tokenizer.config
-    data = (3, config.image_size, config.image_size)
-    tokenizer = _on_cpu(tokenizer)
-    return _export(
-        EncoderGraph(tokenizer).eval(), tokenizer, "pixels", data, "tokens", config.text_in_encoder, Path(path), tolerance
-    )
+    """Writes the encoder; inputs ``pixels``, ``text``, ``text_mask``; output ``tokens``, of VQ and FSQ also ``indices``, of KL
+    also ``std``. Else as :func:`export_decoder`."""
+    return _export(EncoderGraph(on_cpu(tokenizer)), tokenizer, Path(path), tolerance)
 
 
-def _on_cpu(tokenizer: TexTok) -> TexTok:
-    """A copy in float32 on the CPU, where ONNX Runtime's outputs are compared."""
-    copy = TexTok(tokenizer.config)
-    copy.load_state_dict(tokenizer.state_dict())
-    return copy
+def _export(graph: Graph, tokenizer: TexTok, path: Path, tolerance: float) -> OnnxCheck:
+    from textok_fast.export.parity import compare, examples, in_runtime
 
-
-def _export(
-    graph: nn.Module,
-    tokenizer: TexTok,
-    name: str,
-    shape: tuple[int, ...],
-    output: str,
-    with_text: bool,
-    path: Path,
-    tolerance: float,
-) -> OnnxCheck:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx needs it)
-    except ImportError as error:
-        raise InputError(f"ONNX export needs {error.name}: pip install 'textok-fast[export]'") from None
-    inputs = _inputs(tokenizer, name, shape, with_text, batch=2, length=5)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("text_length")
-    dynamic: dict[str, Any] = {name: {0: batch}}
-    if with_text:
-        dynamic |= {"text": {0: batch, 1: length}, "text_mask": {0: batch, 1: length}}
-    worst = 0.0
-
-    def write(target: Path) -> None:
-        nonlocal worst
-        with _quiet_exporter():
-            torch.onnx.export(
-                graph,
-                (),
-                str(target),
-                kwargs=inputs,
-                input_names=list(inputs),
-                output_names=[output],
-                dynamic_shapes=dynamic,
-                opset_version=OPSET,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        model = onnx.load(str(target))
-        entry = model.metadata_props.add()
-        entry.key, entry.value = "textok_config", json.dumps(to_dict(tokenizer.config))
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, str(target))
-        session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-        for size in CHECK_BATCHES:
-            for text_length in CHECK_TEXT_LENGTHS:
-                given = _inputs(tokenizer, name, shape, with_text, size, text_length)
-                with torch.no_grad():
-                    wanted = graph(**given).numpy()
-                (got,) = session.run([output], {key: value.numpy() for key, value in given.items()})
-                worst = max(worst, float(np.abs(got - wanted).max()))
-        if not worst <= tolerance:
+    require_libraries()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
+        file = Path(work, path.name)
+        model = trace(graph, {"textok_config": to_dict(tokenizer.config)})
+        with weights_beside([model], file.with_name(f"{path.name}.data")) as store:
+            save(model, file, store)
+        results = compare(graph, in_runtime(file, graph), examples(graph, CHECKED), "fp32", tolerance)
+        worst = max((each.max_abs for each in results if each.max_abs is not None), default=0.0)
+        if any(not each.passed for each in results):
             raise InputError(
                 f"{path} was not written: ONNX Runtime differs from PyTorch by {worst:.3g}, allowed is {tolerance:.3g}"
             )
+        for made in sorted(Path(work).iterdir(), key=lambda each: each == file):  # the graph last
+            made.replace(path.with_name(made.name))
+    return OnnxCheck(str(path), worst, tolerance, OPSET, runtime_name())
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
-    return OnnxCheck(str(path), worst, tolerance, OPSET, f"onnxruntime {onnxruntime.__version__}")
+
+# -- tracing -------------------------------------------------------------------------------------------------------------------
+
+
+def require_libraries() -> None:
+    """InputError, with what to install, unless everything is there that writing and checking a graph takes."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise InputError(f"ONNX export needs {error.name}: pip install 'textok-fast[export]'") from None
+
+
+def runtime_name() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def trace(graph: Graph, about: dict[str, Any], opset: int = OPSET, known: dict[str, ir.Model] | None = None) -> ir.Model:
+    """The graph as a model in memory, with named inputs, outputs and weights; ``about`` becomes its metadata, as JSON.
+
+    ``known``: models that were traced before, by name, which gains those that are traced here: a graph made of others is put
+    together from them. Weights are references to the module's.
+
+    Raises: InputError for an operator that is not ONNX's own, and for a size that became a constant.
+    """
+    known = {} if known is None else known
+    if parts := graph.parts():
+        for part in parts:
+            if part.graph.name not in known:
+                known[part.graph.name] = _traced(part.graph, opset)
+        model = _joined(graph, parts, known)
+    else:
+        model = known[graph.name] if graph.name in known else _traced(graph, opset)
+        known[graph.name] = model
+    model.producer_name, model.producer_version = "textok-fast", __version__
+    model.metadata_props.clear()
+    for key, value in about.items():
+        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    return model
+
+
+def _traced(graph: Graph, opset: int) -> ir.Model:
+    batch, length = TRACED
+    length = length if graph.most_text is None else min(length, graph.most_text)
+    inputs = graph.example(batch, length, torch.Generator().manual_seed(0))
+    free: dict[str, Any] = {}
+    for name in {name for axes in graph.axes.values() for name in axes.values()}:
+        free[name] = torch.export.Dim(name, min=1, max=graph.most_text if name == TEXT else None) if name.isidentifier() else 0
+    for name in [name for name, size in free.items() if size == 0]:  # a multiple of another
+        factor, _, other = name.partition("*")
+        free[name] = int(factor) * free[other]
+    shapes = {name: {axis: free[size] for axis, size in graph.axes[name].items()} for name in inputs}
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.eval(),
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | set(
+        map(str, model.functions)
+    )
+    if foreign:
+        raise InputError(f"the graph {graph.name} needs {min(foreign)}, which is no operator of ONNX's own")
+    for value in model.graph.inputs:  # the exporter does not say so when a size became a constant
+        for axis, size in graph.axes[str(value.name)].items():
+            if value.shape is None or isinstance(value.shape[axis], int):
+                raise InputError(f"the graph {graph.name} was traced for one {size} only, of its input {value.name}")
+    _name_weights(model)
+    _drop_notes(model)
+    return model
+
+
+def _joined(graph: Graph, parts: Sequence[Part], known: dict[str, ir.Model]) -> ir.Model:
+    """Copies of the parts' models one after the other; weights stay shared."""
+    import onnx_ir as ir
+
+    values: dict[str, ir.Value] = {}  # by the names of the whole
+    nodes: list[ir.Node] = []
+    initializers: list[ir.Value] = []
+    names: set[str] = set()
+    for part in parts:
+        copied = known[part.graph.name].graph.clone()
+        for value in copied.inputs:
+            wire = part.inputs[str(value.name)]
+            if wire not in values:  # an input of the whole
+                assert value.shape is not None
+                sizes: list[Any] = list(value.shape)
+                for axis, size in graph.axes[wire].items():  # the whole's names: a part's rows may be its batch
+                    sizes[axis] = size
+                values[wire] = ir.Value(name=wire, type=value.type, shape=ir.Shape(sizes))
+            ir.convenience.replace_all_uses_with(value, values[wire])
+        outputs = {str(value.name): value for value in copied.outputs}
+        copied.outputs.clear()
+        own = list(copied)
+        copied.remove(own)
+        held = list(copied.initializers.values())
+        copied.initializers.clear()
+        for value in (*held, *(value for node in own for value in node.outputs)):
+            name = str(value.name)
+            value.name = f"{part.graph.name}.{name}" if name in names or name in graph.axes else name
+            names.add(str(value.name))
+        for value in (value for node in own for value in node.outputs):
+            if value.shape is not None:  # without names: the part's batch may be another than the whole's
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+        for name, wire in part.outputs.items():
+            values[wire] = outputs[name]
+            if wire in graph.outputs:
+                outputs[name].name = wire
+        nodes += own
+        initializers += held
+    for number, node in enumerate(nodes):
+        node.name = f"node_{number}"
+    first = known[parts[0].graph.name]
+    whole = ir.Graph(
+        [values[name] for name in graph.axes],
+        [values[name] for name in graph.outputs],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports=dict(first.opset_imports),
+        name=graph.name,
+    )
+    last = {str(value.name): value.shape for value in known[parts[-1].graph.name].graph.outputs}
+    for value in whole.outputs:
+        value.shape = last[str(value.name)]
+    return ir.Model(whole, ir_version=first.ir_version)
+
+
+def scope(node: ir.Node) -> str:
+    """The innermost module that a node lies in, such as "network.model.blocks.0.attn.qkv"; "" for the graph itself."""
+    scopes = node.metadata_props.get(SCOPES)
+    return "" if scopes is None else str(ast.literal_eval(scopes)[-2] if len(ast.literal_eval(scopes)) > 1 else "")
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Transposed weights, which the exporter numbers, get the name of their layer: of "a.b", "a.b.weight_t"."""
+    initializers = model.graph.initializers
+    for node in model.graph:
+        if node.op_type != "MatMul" or (weight := node.inputs[1]) is None or weight.name not in initializers:
+            continue
+        name = f"{scope(node)}.weight_t"
+        if str(weight.name).startswith("val_") and name not in initializers:
+            weight.name = name  # the graph's table follows
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Of what the exporter notes only the modules stay: the rest is long, and has paths of this machine in it."""
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        kept = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        if kept is not None:
+            node.metadata_props[SCOPES] = kept
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Without torch's deprecations and its notes that torchvision is absent: nothing there a caller could act on."""
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -170,14 +267,103 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _inputs(
-    tokenizer: TexTok, name: str, shape: tuple[int, ...], with_text: bool, batch: int, length: int
-) -> dict[str, Tensor]:
-    """Seeded inputs; the last caption is one token shorter where that is possible."""
-    generator = torch.Generator().manual_seed(batch * 1000 + length)
-    inputs = {name: torch.rand(batch, *shape, generator=generator) * 2 - 1}
-    if with_text:
-        inputs["text"] = torch.randn(batch, length, tokenizer.config.text_dim, generator=generator)  # (B, N_t, D_t)
-        inputs["text_mask"] = torch.ones(batch, length, dtype=torch.bool)  # (B, N_t)
-        inputs["text_mask"][-1, max(1, length - 1) :] = False
-    return inputs
+# -- files ---------------------------------------------------------------------------------------------------------------------
+
+
+class WeightFile:
+    """One file of weights for several graphs; what two of them have in common lies there once."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file = path, file
+        self._places: dict[bytes, tuple[int, int]] = {}  # digest -> offset, length
+
+    def add(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """Where the tensor's numbers lie."""
+        import onnx_ir as ir
+
+        data = tensor.tobytes()
+        digest = hashlib.blake2b(data, digest_size=20).digest()
+        if digest not in self._places:
+            self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            self._places[digest] = (self._file.tell(), len(data))
+            self._file.write(data)
+        offset, length = self._places[digest]
+        shape = tensor.shape
+        assert isinstance(shape, ir.Shape)
+        return ir.ExternalTensor(
+            self.path.name, offset, length, tensor.dtype, shape=shape, name=str(tensor.name), base_dir=self.path.parent
+        )
+
+
+@contextlib.contextmanager
+def weights_beside(models: Iterable[ir.Model], path: Path) -> Iterator[WeightFile | None]:
+    """A file for the weights of ``models`` where one of them would pass protobuf's 2 GB; else None, and no file."""
+    if max(map(_size, models), default=0) < EXTERNAL_BYTES:
+        yield None
+        return
+    with path.open("wb") as file:
+        yield WeightFile(path, file)
+
+
+def _size(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def save(model: ir.Model, path: Path, store: WeightFile | None = None) -> None:
+    """Writes a model, checks it in full and infers its shapes. Weights that went to ``store`` are read from there from then on.
+
+    Raises: InputError where the checker finds something.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        lies_there = isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == path.parent
+        if tensor is None or lies_there:
+            continue
+        if store is not None and tensor.nbytes >= _INLINE_BYTES:
+            value.const_value = store.add(tensor)
+        elif isinstance(tensor, ir.ExternalTensor):  # in the directory of an earlier file
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name)
+    if store is not None:
+        store._file.flush()
+    ir.save(model, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(f"the graph {path.name} is not valid: {' '.join(str(error).split())[:300]}") from None
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# -- ONNX Runtime --------------------------------------------------------------------------------------------------------------
+
+
+def session(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Packed copies of the weights are left out: they would double the memory of a comparison.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # errors: its notes on unused initializers are nothing a caller could act on
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(handle: Any, inputs: Inputs, outputs: list[str] | None = None) -> list[torch.Tensor]:
+    """Outputs (None: all of them) of a session, as tensors."""
+    given = {name: value.detach().contiguous().numpy() for name, value in inputs.items()}
+    return [torch.from_numpy(value) for value in handle.run(outputs, given)]
+
+
+__all__ = ["BATCH", "OPSET", "OnnxCheck", "export_decoder", "export_encoder"]

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "fp8", "int8", "auto")
 # Of interop.KINDS, which a test compares.
 WEIGHT_KINDS = ("dit", "diffusers-dit", "dit-1d", "sit-1d", "titok", "tatitok", "softvq", "maetok", "sd-vae")
+# Of textok_fast.export, which a test compares.
+EXPORT_WHAT = ("encoder", "decoder", "generator", "text", "all")
+EXPORT_TARGETS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx", "triton-server")
+EXPORT_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 COMPILE_MODES = ("none", "default", "max-autotune")
 
 # What a command returns is what --json prints; None where another process of the run prints it.
@@ -221,6 +225,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="what shapes do not tell: heads=4, guided_channels=4, schedule=linear, tokenizer.heads=4, image_size=512",
     )
 
+    export = _command(commands, "export", run_export, "write models for deployment, compared with PyTorch before they count",
+        "textok-fast export --model runs/dit/final --to onnx --precision int8 --images photos --out deploy")  # fmt: skip
+    export.add_argument(
+        "--model", required=True, help="a tokenizer, a generator (directory or Hub id) or a pipeline's directory"
+    )
+    export.add_argument("--what", choices=EXPORT_WHAT, default="all", help="(default: all that there is)")
+    export.add_argument("--to", choices=EXPORT_TARGETS, default="onnx", help="(default: %(default)s)")
+    export.add_argument("--precision", choices=EXPORT_PRECISIONS, default="fp32",
+        help="fp8 and int8 quantize the products, calibrated on the pictures (default: %(default)s)")  # fmt: skip
+    export.add_argument("--images", type=Path, metavar="FOLDER",
+        help="captioned pictures to calibrate and compare on (default: scenes of emoji, or of drawn shapes)")  # fmt: skip
+    export.add_argument("--pictures", type=int, default=8, help="how many of them (default: %(default)s)")
+    export.add_argument("--calibration", choices=("max", "percentile", "mse"), help="of fp8 and int8 (default: percentile)")
+    export.add_argument(
+        "--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)"
+    )
+    export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
+    export.add_argument("--targets", nargs="+", metavar="SM",
+        help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one here, or sm_80, 86, 89, 120)")  # fmt: skip
+    for name, what in (("batch", "samples"), ("text-length", "tokens of a caption")):
+        export.add_argument(
+            f"--{name}", nargs=3, type=int, metavar=("LEAST", "USUAL", "MOST"), help=f"{what} that engines serve"
+        )
+    export.add_argument("--timing-cache", type=Path, metavar="FILE", help="of tensorrt: kernel times, read and written")
+    export.add_argument("--out", type=Path, required=True)
+
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
     speedup = _command(kinds, "speedup", run_bench_speedup,
         "compare whole systems over few and over many tokens, in three forms each",
@@ -272,6 +302,17 @@ def build_parser() -> argparse.ArgumentParser:
     steps.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
     steps.add_argument("--device", default="auto")
     steps.add_argument("--out", type=Path, help="JSON; a Markdown table and an SVG plot are written beside it")
+
+    deploy = _command(kinds, "deploy", run_bench_deploy, "time exported artifacts beside PyTorch and the engine, in turn",
+        "textok-fast bench deploy deploy/fp32 deploy/int8 --model runs/dit/final --out deploy.json")  # fmt: skip
+    deploy.add_argument("directories", nargs="+", metavar="DIR", help="directories that `export` wrote")
+    deploy.add_argument("--model", required=True, help="what they were exported from")
+    deploy.add_argument("--batch", type=int, nargs="+", default=[1])
+    deploy.add_argument("--text-tokens", type=int, default=16, help="length of the captions (default: %(default)s)")
+    deploy.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
+    deploy.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    deploy.add_argument("--device", default="auto")
+    deploy.add_argument("--out", type=Path, help="JSON; the table is written beside it")
 
     for name, (help_text, settings) in STUDIES.items():
         study = _command(kinds, name, run_bench_study, help_text, f"textok-fast bench {name} --out {name} {settings}")
@@ -487,6 +528,27 @@ def run_convert(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.export import export
+
+    options: dict[str, Any] = {"what": args.what, "precision": args.precision, "images": args.images, "pictures": args.pictures}
+    given = {"calibration": args.calibration, "tolerance": args.tolerance, "device": args.device}
+    given |= {"targets": args.targets, "timing_cache": args.timing_cache}
+    sizes = {"batch": args.batch, "text_length": args.text_length}
+    if profile := {name: tuple(size) for name, size in sizes.items() if size is not None}:
+        given["profiles"] = [profile]
+    options |= {name: value for name, value in given.items() if value is not None}
+
+    def say(what: str) -> None:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+    exported = export(args.model, args.out, args.to, progress=say, **options)
+    print((args.out / "parity.md").read_text(encoding="utf-8"))
+    names = ", ".join(entry["file"] for entry in exported.manifest.files.values())
+    print(f"wrote {args.out}: {names}, export.json, parity.json and parity.md")
+    return exported.to_dict()
+
+
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.evaluation.speedup import SpeedupConfig, SpeedupResult, run_speedup
     from textok_fast.evaluation.speedup_report import console, save
@@ -603,6 +665,34 @@ def run_bench_study(args: argparse.Namespace) -> dict[str, Any]:
         print("wrote " + ", ".join(map(str, files)))
     values: dict[str, Any] = result.to_dict()
     return values
+
+
+def run_bench_deploy(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation.deploy import DeployConfig, DeployResult, run_deploy
+    from textok_fast.files import write_text
+
+    config = DeployConfig(
+        directories=tuple(args.directories),
+        model=args.model,
+        batch=tuple(args.batch),
+        text_tokens=args.text_tokens,
+        rounds=args.rounds,
+        threads=args.threads,
+        device=args.device,
+    )
+    if args.out is not None:
+        _require_writable(args.out)
+
+    def keep(result: DeployResult) -> None:
+        if args.out is not None:
+            write_text(args.out, json.dumps(result.to_dict(), indent=1) + "\n")
+            write_text(args.out.with_suffix(".md"), result.to_markdown())
+
+    result = run_deploy(config, command=args.command_line, on_result=keep)
+    print(result.to_markdown())
+    if args.out is not None:
+        print(f"wrote {args.out} and {args.out.with_suffix('.md')}")
+    return result.to_dict()
 
 
 def run_info(args: argparse.Namespace) -> dict[str, Any]:

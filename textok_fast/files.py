@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,17 @@ def write_text(path: Path, text: str) -> None:
     """UTF-8 text by :func:`write_atomically`; makes the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Moves a finished directory into the place of ``directory``, which may be there; both lie on one file system."""
+    if directory.is_dir():
+        old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        directory.replace(old)  # an empty directory gives way
+        new.replace(directory)
+        shutil.rmtree(old)
+    else:
+        new.replace(directory)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

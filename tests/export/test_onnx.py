@@ -25,7 +25,7 @@ Make = Callable[..., TexTok]
 def run(path: Path, inputs: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert {entry.name for entry in session.get_inputs()} == set(inputs)
-    (out,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    out, *_ = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     return out  # type: ignore[no-any-return]
 
 

@@ -856,7 +856,7 @@ def _graph_path(job: Job) -> Path:
 
 def _export(job: Job) -> None:
     """The step as ONNX, batch dynamic, weights beside it."""
-    from textok_fast.export.onnx import _quiet_exporter
+    from textok_fast.export.onnx import quiet_exporter
 
     path = _graph_path(job)
     dtype = torch.bfloat16 if path.stem.endswith("bf16") else torch.float32
@@ -867,7 +867,7 @@ def _export(job: Job) -> None:
     inputs = _Inputs(x, t, y, modulation)
     batch = torch.export.Dim("batch")
     shapes: tuple[Any, ...] = ({0: batch}, ([{0: batch}] * len(inputs.modulation),) if job.given else ({0: batch}, {0: batch}))
-    with _quiet_exporter():
+    with quiet_exporter():
         torch.onnx.export(
             StepGraph(_load(job, dtype), job.given),
             inputs.arguments(job.given),

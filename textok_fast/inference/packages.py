@@ -30,7 +30,7 @@ import textok_fast
 from textok_fast import ops
 from textok_fast.config import DiTConfig, TexTokConfig, from_mapping, to_dict
 from textok_fast.errors import InputError
-from textok_fast.files import save_tensors, write_text
+from textok_fast.files import replace_directory, save_tensors, write_text
 from textok_fast.inference.execution import why_not_compiled
 from textok_fast.inference.generator import GeneratorEngine, Network, TextKeys, sample_shape
 from textok_fast.inference.plan import Plan
@@ -102,7 +102,7 @@ def save_package(model: DiT | TexTok, directory: str | Path, plan: Plan | None =
         }
         write_text(work / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         work.chmod(0o755)
-        _replace_directory(work, directory)
+        replace_directory(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory
@@ -522,13 +522,3 @@ def _require_replaceable(directory: Path) -> None:
     own = {MANIFEST, *_read(directory)["files"]} if MANIFEST in found else set()
     if others := sorted(found - own):
         raise InputError(f"{directory} holds {others[0]}, which is no part of a package: give a new or empty directory")
-
-
-def _replace_directory(new: Path, directory: Path) -> None:
-    if directory.is_dir():
-        old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-        directory.replace(old)  # an empty directory gives way
-        new.replace(directory)
-        shutil.rmtree(old)
-    else:
-        new.replace(directory)

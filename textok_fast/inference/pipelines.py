@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -18,8 +18,9 @@ from textok_fast.diffusion import NoiseSource, Objective, OnStep, build_process,
 from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.inference.engine import Engine
-from textok_fast.inference.generator import sample_shape
+from textok_fast.inference.generator import GeneratorEngine, sample_shape
 from textok_fast.inference.plan import Plan
+from textok_fast.inference.tokenizer import TokenizerEngine
 from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer, load_tokenizer, token_shape
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.text_encoders import TextFeatures, same_length
@@ -378,16 +379,12 @@ def load_pipeline(
     directory = Path(directory)
     try:
         about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
-        objective, prediction = about["objective"], about.get("prediction", "epsilon")
-        schedule = about.get("schedule", "linear")
-        names = about["label_names"]
-        captions = {int(label): texts for label, texts in about["captions"].items()}
     except FileNotFoundError:
         raise InputError(
             f"no pipeline at {directory}: it has no {PIPELINE_NAME}; `textok-fast train generator` writes one, and "
             "`textok-fast convert --tokenizer`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
     # Where diffusers' pipelines have them, else where ours do.
     folders = [theirs if (directory / theirs).is_dir() else ours for ours, theirs in FOLDERS.items()]
@@ -395,6 +392,34 @@ def load_pipeline(
     tokenizer = load_tokenizer(directory / folders[1], device)
     if isinstance(tokenizer, LatentTokenizer):
         tokenizer = latent_tokenizer(tokenizer.vae, generator)
+    return build_pipeline(generator, tokenizer, about, str(directory / PIPELINE_NAME), plan)
+
+
+def build_pipeline(
+    generator: DiT,
+    tokenizer: TexTok | LatentTokenizer,
+    about: Mapping[str, Any],
+    source: str,
+    plan: Plan | None = None,
+    engines: tuple[GeneratorEngine, TokenizerEngine] | None = None,
+) -> TextToImagePipeline | ClassToImagePipeline:
+    """The pipeline that ``about``, the contents of pipeline.json, describes.
+
+    ``source``: where it was read, for errors. ``engines``: what runs it in place of the models, which then give their
+    configurations and checks alone.
+    """
+    try:
+        objective, prediction = about["objective"], about.get("prediction", "epsilon")
+        schedule = about.get("schedule", "linear")
+        names = about["label_names"]
+        captions = {int(label): texts for label, texts in about["captions"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read {source}: {error!r}") from None
+    pipeline: TextToImagePipeline | ClassToImagePipeline
     if generator.config.num_classes:
-        return ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
-    return TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)
+        pipeline = ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
+    else:
+        pipeline = TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)
+    if engines is not None:
+        pipeline.plan, pipeline._engines = engines[0].plan, engines
+    return pipeline

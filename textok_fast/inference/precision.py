@@ -97,11 +97,7 @@ def prepare(
     memo: dict[int, Any] = {
         id(tensor): tensor for linear in replaced for tensor in linear._parameters.values() if id(tensor) not in kept
     }
-    for tensor in tensors:
-        memo.setdefault(id(tensor), _converted(tensor, DTYPES[precision], place))
-    for encoder in getattr(model, "_text_encoder", ()):  # frozen, of its own precision and device
-        memo[id(encoder)] = encoder
-    prepared = copy.deepcopy(model, memo).eval()
+    prepared = cast(model, DTYPES[precision], place, memo)
 
     if precision == "fp8":
         _use_fp8(prepared, place)
@@ -110,6 +106,19 @@ def prepare(
     elif precision == "bf16" and place.type == "cuda":
         _put_in_place(prepared, FewRowsDiTBlock.of)
     return prepared
+
+
+def cast(model: Model, dtype: torch.dtype, device: torch.device | None = None, kept: dict[int, Any] | None = None) -> Model:
+    """A copy for inference with its floats in ``dtype``, on ``device`` or where they are; what stays the same is shared.
+
+    ``kept``: by id, what takes the place of a tensor in the copy.
+    """
+    memo = {} if kept is None else dict(kept)
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo.setdefault(id(tensor), _converted(tensor, dtype, tensor.device if device is None else device))
+    for encoder in getattr(model, "_text_encoder", ()):  # frozen, of its own precision and device
+        memo[id(encoder)] = encoder
+    return copy.deepcopy(model, memo).eval()
 
 
 def pack_linears(module: nn.Module, precision: Literal["fp32", "bf16", "int8"], products: Products = "auto") -> None:

@@ -381,8 +381,8 @@ class _ViT(nn.Module):
         if modulation is not None:
             hidden = modulation._replace(start=modulation.start - self.rows.shape[1]).before_attention(hidden)
         qkv = block.attn.qkv(hidden)  # (B, M, 3 D)
-        qkv = torch.cat([constant.qkv.expand(len(x), -1, -1), qkv], dim=1)  # (B, n + M, 3 D)
-        x = torch.cat([self.stream.expand(len(x), -1, -1), x.to(STREAM)], dim=1)  # (B, n + M, D)
+        qkv = torch.cat([constant.qkv.expand(x.shape[0], -1, -1), qkv], dim=1)  # (B, n + M, 3 D)
+        x = torch.cat([self.stream.expand(x.shape[0], -1, -1), x.to(STREAM)], dim=1)  # (B, n + M, D)
         out = constant.attend(qkv, mask)  # (B, n + M, D)
         x, out = (x, out) if rows is None else (x[:, rows], out[:, rows])
         x, hidden = add_and_norm(x, block.attn.proj(out), block.norm2)

@@ -160,9 +160,21 @@ class TextEncoder:
             raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"a text encoder computes in float32, bfloat16 or float16, got {dtype}")
-        self.name, self.max_tokens, self.split, self.window = str(name), max_tokens, split, window
+        self._use(_find(str(name)), max_tokens, split, cache, device, dtype, window)
+
+    def _use(
+        self,
+        source: _Source,
+        max_tokens: int,
+        split: str,
+        cache: bool | str | Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        window: bool,
+    ) -> None:
+        self.name, self.max_tokens, self.split, self.window = source.name, max_tokens, split, window
         self.device, self.dtype = torch.device(device), dtype
-        self._source = _find(self.name)
+        self._source = source
         self.dim = self._source.dim
         self.identity = hashlib.sha256(f"{self._source.identity} {dtype}".encode()).hexdigest()[:32]
         self._cache_root = _cache_root(cache)

@@ -1,0 +1,114 @@
+"""``export`` to engines and to a server: complete directories, which ``load`` and the server run as PyTorch runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from textok_fast import InputError, TexTok
+
+REASON = "ONNX export needs the extra 'export' (onnx, onnxscript, onnxruntime)"
+pytest.importorskip("onnx", reason=REASON)
+pytest.importorskip("onnxruntime", reason=REASON)
+pytest.importorskip("onnxscript", reason=REASON)
+
+import fake_tensorrt  # noqa: E402
+import fake_triton  # noqa: E402
+from tiny_export import tiny_dit  # noqa: E402
+
+from textok_fast.cli import main  # noqa: E402
+from textok_fast.export import Manifest, export, load, tensorrt  # noqa: E402
+from textok_fast.export.server import ServerOptions  # noqa: E402
+from textok_fast.inference import SamplingOptions  # noqa: E402
+from textok_fast.inference.pipelines import ClassToImagePipeline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def saved(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of classes that reads no captions."""
+    tokenizer = make_tokenizer(encoder_depth=1, decoder_depth=1, text="none")
+    return ClassToImagePipeline(tiny_dit(text_dim=0), tokenizer).save_pretrained(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TensorRT on a GPU that is the CPU."""
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module())
+    monkeypatch.setattr(tensorrt, "this_gpu", lambda: ("sm_89", "NVIDIA L4"))
+    monkeypatch.setattr(tensorrt, "gpu_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "_stream", lambda device: 7)
+    monkeypatch.setattr(tensorrt, "ALIGNMENT", fake_tensorrt.ALIGNMENT)
+    yield
+    sys.modules.pop("triton_python_backend_utils", None)
+
+
+def test_engines_are_compared_and_loaded_as_the_pipeline(saved: Path, tmp_path: Path, gpu: None) -> None:
+    from textok_fast.inference import load_pipeline
+
+    out = tmp_path / "out"
+    exported = export(saved, out, "tensorrt", pictures=2, profiles=[{"batch": (1, 2, 4)}])
+    rows = {row.graph: row for row in exported.parity}
+    engines = [name for name in rows if name.endswith(".engine")]
+    assert sorted(engines) == [f"{name}.engine" for name in ("decoder", "encoder", "forward", "modulation", "sampler", "step")]
+    assert all(rows[name].passed and rows[name].cases for name in engines)
+    assert "| decoder.engine | pixels | fp32 |" in (out / "parity.md").read_text()
+    assert Manifest.read(out).to == "tensorrt" and {path.name for path in out.iterdir()} <= Manifest.read(out).owned
+    pipeline, options = load(out), SamplingOptions(steps=3, guidance_scale=2.0)
+    assert isinstance(pipeline, ClassToImagePipeline)
+    got = pipeline([1, 4, 2, 0, 3], seed=[1, 2, 3, 4, 5], options=options)  # more than the engines' batch
+    wanted = load_pipeline(saved)([1, 4, 2, 0, 3], seed=[1, 2, 3, 4, 5], options=options)
+    torch.testing.assert_close(got.tokens, wanted.tokens, rtol=1e-4, atol=1e-4)
+    assert int((got.images.int() - wanted.images.int()).abs().max()) <= 1
+
+
+def test_an_engine_that_cannot_be_built_leaves_its_log(
+    saved: Path, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module(fails="no room"))
+    with pytest.raises(
+        InputError, match=r"could not build decoder.onnx for sm_89: no room \(all it said: .*out.decoder.engine.log"
+    ):
+        export(saved, tmp_path / "out", "tensorrt", what="decoder", pictures=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.decoder.engine.log"]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(InputError, match="tensorrt is not installed"):
+        export(saved, tmp_path / "out", "tensorrt", pictures=2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_command_builds_engines_without_a_gpu(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["export", "--model", str(saved), "--what", "generator", "--to", "tensorrt-rtx", "--precision", "fp16"]
+    assert main([*command, "--pictures", "2", "--targets", "sm_80", "sm_120", "--batch", "1", "2", "4", "--out", str(out)]) == 0
+    assert "| step.engine | output | fp16 | 0 |" in capsys.readouterr().out
+    for name in ("forward", "modulation", "sampler", "step"):
+        about = tensorrt.read_about(out / f"{name}.engine")
+        assert (about.precision, about.targets) == ("fp16", ["sm_80", "sm_120"])
+        assert about.profiles[0].get("batch", [1, 2, 4]) == [1, 2, 4]
+    assert set(tensorrt.read_about(out / "forward.engine").profiles[0]) == {"batch"}  # one batch, of x and of t alike
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        load(out)
+
+
+def test_a_server_serves_what_the_pipeline_draws(saved: Path, tmp_path: Path, gpu: None) -> None:
+    from textok_fast.inference import load_pipeline
+
+    out = tmp_path / "out"
+    exported = export(saved, out, "triton-server", pictures=2, server=ServerOptions(steps=(3,), guidance_scale=2.0))
+    assert list(exported.manifest.files) == ["decoder", "encoder", "generate", "generator"]
+    assert {path.name for path in out.iterdir()} == Manifest.read(out).owned
+    served = fake_triton.Server(out / "model_repository")
+    (got,) = served.infer({"label": [1, 4], "seed": [1, 2]})
+    wanted = load_pipeline(saved)([1, 4], seed=[1, 2], options=SamplingOptions(steps=3, guidance_scale=2.0))
+    np.testing.assert_allclose(got["tokens"], wanted.tokens.numpy(), rtol=1e-4, atol=1e-4)
+    export(saved, out, "triton-server", what="decoder", pictures=2)  # in its place
+    assert [path.name for path in (out / "model_repository").iterdir()] == ["decoder"]
+    with pytest.raises(InputError, match="exported to triton-server, which .*load does not run"):
+        load(out)
