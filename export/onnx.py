@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from textok_fast import __version__
 from textok_fast.config import to_dict
 from textok_fast.errors import InputError
-from textok_fast.export.graphs import BATCH, TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, Part, on_cpu
+from textok_fast.export.graphs import TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, Part, on_cpu
 from textok_fast.modeling.tokenizer import TexTok
 
 if TYPE_CHECKING:
@@ -282,6 +281,7 @@ class WeightFile:
         import onnx_ir as ir
 
         data = tensor.tobytes()
+        release(tensor)
         digest = hashlib.blake2b(data, digest_size=20).digest()
         if digest not in self._places:
             self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
@@ -335,12 +335,12 @@ def save(model: ir.Model, path: Path, store: WeightFile | None = None) -> None:
         raise InputError(f"the graph {path.name} is not valid: {' '.join(str(error).split())[:300]}") from None
 
 
-def remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def release(tensor: ir.TensorProtocol | None) -> None:
+    """Lets go of the pages of a tensor that lies in a file: it is mapped again when it is read again."""
+    import onnx_ir as ir
+
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
 
 
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------
@@ -366,4 +366,4 @@ def run(handle: Any, inputs: Inputs, outputs: list[str] | None = None) -> list[t
     return [torch.from_numpy(value) for value in handle.run(outputs, given)]
 
 
-__all__ = ["BATCH", "OPSET", "OnnxCheck", "export_decoder", "export_encoder"]
+__all__ = ["OPSET", "OnnxCheck", "export_decoder", "export_encoder"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.export.graphs import Inputs
-from textok_fast.export.onnx import run, save, scope, session
+from textok_fast.export.onnx import release, run, save, scope, session
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -199,7 +199,8 @@ def _weight(graph: ir.Graph, node: ir.Node, w: ir.Value, axis: int, precision: s
     import onnx_ir as ir
 
     assert w.const_value is not None
-    array = np.asarray(w.const_value.numpy(), np.float32)
+    array = np.array(w.const_value.numpy(), np.float32)  # a copy: the file's pages are let go
+    release(w.const_value)
     scale = np.maximum(np.abs(array).max(axis=1 - axis) / LEVELS[precision], _SMALLEST).astype(np.float32)  # (out,)
     narrow = constant(f"{w.name}_{precision}", _narrow(array / np.expand_dims(scale, 1 - axis), precision))
     zeros = constant(f"{w.name}_zero", _narrow(np.zeros(scale.shape, np.float32), precision))

@@ -295,7 +295,7 @@ class _Demo:
         results.samples, results.sample_captions = made.images.numpy(), captions
 
     def _export(self, results: Any, tokenizer: Any) -> None:
-        from textok_fast.export import export_decoder
+        from textok_fast.export import Source, export, export_decoder
 
         model = "decoder, with text"
         try:
@@ -312,6 +312,25 @@ class _Demo:
                 "opset": check.opset,
                 "runtime": check.runtime,
                 "file": check.path,
+            }
+        )
+        try:
+            made = export(Source(tokenizer), self.out / "decoder-int8", what="decoder", precision="int8")
+        except InputError as error:
+            results.onnx.append({"model": f"{model}, int8", "passed": False, "reason": str(error)})
+            return
+        (row,) = made.parity
+        results.onnx.append(
+            {
+                "model": f"{model}, int8",
+                "max_abs_difference": row.max_abs,
+                "relative_difference": row.relative,
+                "tolerance": row.tolerance,
+                "psnr": row.psnr,
+                "passed": row.passed,
+                "opset": made.manifest.opset,
+                "runtime": check.runtime,
+                "file": str(made.directory / "decoder.onnx"),
             }
         )
 

@@ -386,6 +386,7 @@ def load_pipeline(
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error!r}") from None
+    _described(about, str(directory / PIPELINE_NAME))  # a mistake in it is told before models are read
     # Where diffusers' pipelines have them, else where ours do.
     folders = [theirs if (directory / theirs).is_dir() else ours for ours, theirs in FOLDERS.items()]
     generator = DiT.from_pretrained(directory / folders[0], device=device)
@@ -408,13 +409,7 @@ def build_pipeline(
     ``source``: where it was read, for errors. ``engines``: what runs it in place of the models, which then give their
     configurations and checks alone.
     """
-    try:
-        objective, prediction = about["objective"], about.get("prediction", "epsilon")
-        schedule = about.get("schedule", "linear")
-        names = about["label_names"]
-        captions = {int(label): texts for label, texts in about["captions"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"cannot read {source}: {error!r}") from None
+    objective, prediction, schedule, names, captions = _described(about, source)
     pipeline: TextToImagePipeline | ClassToImagePipeline
     if generator.config.num_classes:
         pipeline = ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
@@ -423,3 +418,13 @@ def build_pipeline(
     if engines is not None:
         pipeline.plan, pipeline._engines = engines[0].plan, engines
     return pipeline
+
+
+def _described(about: Mapping[str, Any], source: str) -> tuple[Objective, str, str, list[str], dict[int, list[str]]]:
+    """Objective, prediction, schedule, names of labels and captions by label; InputError where one is lacking or of no use."""
+    try:
+        objective, names = about["objective"], about["label_names"]
+        captions = {int(label): texts for label, texts in about["captions"].items()}
+        return objective, about.get("prediction", "epsilon"), about.get("schedule", "linear"), names, captions
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read {source}: {error!r}") from None
