@@ -19,6 +19,7 @@ from textok_fast.diffusion.process import Process, build_process
 from textok_fast.errors import InputError
 from textok_fast.files import replace_directory, write_text
 from textok_fast.inference.pipelines import FOLDERS, PIPELINE_NAME
+from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, WEIGHTS_NAME, locate, read_config
 from textok_fast.modeling.tokenizer import TexTok
@@ -46,8 +47,10 @@ class Source:
             except (OSError, ValueError) as error:
                 raise InputError(f"cannot read {directory / PIPELINE_NAME}: {error}") from None
             found = {ours: theirs if (directory / theirs).is_dir() else ours for ours, theirs in FOLDERS.items()}
-            tokenizer = TexTok.from_pretrained(directory / found["tokenizer"])
-            return cls(tokenizer, DiT.from_pretrained(directory / found["generator"]), about)
+            tokenizer = load_tokenizer(directory / found["tokenizer"])
+            generator = DiT.from_pretrained(directory / found["generator"])
+            # An SD-VAE is exported by diffusers' tools; its generator here.
+            return cls(tokenizer if isinstance(tokenizer, TexTok) else None, generator, about)
         place = locate(model, [CONFIG_NAME, WEIGHTS_NAME])
         kind = read_config(place).get("model_type")
         if kind == TexTok.model_type:
@@ -70,7 +73,7 @@ class Source:
         if what not in WHAT:
             raise InputError(f"what to export must be one of {', '.join(WHAT)}, got {what!r}")
         if what in ("encoder", "decoder", "text") and self.tokenizer is None:
-            raise InputError(f"there is no {what} to export: the model is a generator alone")
+            raise InputError(f"there is no {what} of ours to export: the model is a generator, alone or with an SD-VAE")
         if what == "generator" and self.generator is None:
             raise InputError("there is no generator to export: the model is a tokenizer alone")
 

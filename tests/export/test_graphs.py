@@ -15,7 +15,9 @@ from safetensors import safe_open
 from textok_fast import DiT, DiTConfig, InputError, TexTok, interop
 from textok_fast.diffusion import build_process, sampler_program
 from textok_fast.inference.engine import Engine
+from textok_fast.inference.pipelines import ClassToImagePipeline
 from textok_fast.inference.plan import Plan
+from textok_fast.modeling.autoencoder import LatentTokenizer
 from textok_fast.modeling.text_encoders import TextFeatures
 
 REASON = "ONNX export needs the extra 'export' (onnx, onnxscript, onnxruntime)"
@@ -243,7 +245,11 @@ def test_what_cannot_be_exported_is_said_first(make_tokenizer: Make, tmp_path: P
         (source, {"device": "cpu"}, "an export to onnx has no option device"),
         (source, {"pictures": 0}, "at least 1 picture"),
         (Source(tokenizer=source.tokenizer), {"what": "generator"}, "no generator to export: the model is a tokenizer alone"),
-        (Source(generator=source.generator), {"what": "text"}, "no text to export: the model is a generator alone"),
+        (
+            Source(generator=source.generator),
+            {"what": "text"},
+            "no text of ours to export: the model is a generator",
+        ),
         (source, {"to": "aoti", "what": "text"}, "holds no text encoder"),
         (source, {"to": "aoti", "precision": "fp16"}, "precision must be one of"),
     ):
@@ -252,6 +258,20 @@ def test_what_cannot_be_exported_is_said_first(make_tokenizer: Make, tmp_path: P
     with pytest.raises(InputError, match="no model at"):
         export(tmp_path / "nowhere", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_generator_over_an_sd_vae_the_generator_is_exported(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    sizes: dict[str, Any] = {"block_out_channels": (4, 4), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
+    sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    dit = DiT(DiTConfig(input_size=4, patch_size=2, in_channels=4, width=32, depth=1, heads=2, num_classes=3))
+    vae = LatentTokenizer(diffusers.AutoencoderKL(**sizes), 8)
+    ClassToImagePipeline(dit, vae).save_pretrained(tmp_path / "pipe")
+    done = export(tmp_path / "pipe", tmp_path / "out", pictures=1)
+    assert {"modulation", "step", "forward", "sampler"} <= set(done.manifest.files) and "decoder" not in done.manifest.files
+    assert all(row.passed for row in done.parity)
+    with pytest.raises(InputError, match="no decoder of ours to export: the model is a generator, alone or with an SD-VAE"):
+        export(tmp_path / "pipe", tmp_path / "other", what="decoder")
 
 
 def test_the_commands_choices_are_the_exports() -> None:
