@@ -116,7 +116,8 @@ def misfit(what: str, problems: list[str]) -> InputError:
 
 
 def locate(source: str | Path, files: Sequence[str], subfolder: str = "", **hub: Any) -> Path:
-    """A local directory or one that comes with the package, or a Hub id's ``files`` (patterns) downloaded to the Hub's cache; the ``subfolder`` of either.
+    """A local directory or one that comes with the package, or a Hub id's ``files`` (patterns) downloaded to the Hub's cache;
+    the ``subfolder`` of either.
 
     ``hub``: :data:`HUB_OPTIONS`. Raises: InputError where there is none, the Hub cannot be reached, or for another option.
     """
