@@ -282,29 +282,38 @@ class DataConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr.
+class AdamConfig:
+    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr."""
 
-    ``name`` "muon": the blocks' matrices go to Muon (Jordan et al. 2024; torch.optim.Muon, its updates scaled to AdamW's size,
-    so that ``lr`` means the same), everything else to AdamW.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 50
     final_lr: float = 0.02
     grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
-    ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
         for name in ("lr", "weight_decay", "warmup_steps", "final_lr", "grad_clip"):
             _require_range(self, name, 0)
-        _require_range(self, "ema_decay", 0, 1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be in [0, 1), got {self.betas}")
+
+
+@dataclass
+class OptimConfig(AdamConfig):
+    """The optimizer of what a run trains, and the moving average of its weights.
+
+    ``name`` "muon": the blocks' matrices go to Muon (Jordan et al. 2024; torch.optim.Muon, its updates scaled to AdamW's size,
+    so that ``lr`` means the same), everything else to AdamW.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_range(self, "ema_decay", 0, 1)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit, join_processes
 from textok_fast.training.losses import tokenizer_loss
 
 STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones whatever the batch size
@@ -23,6 +23,8 @@ STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones
 
 class TokenizerTask:
     """Reconstruction of the training pictures, some of them without their caption."""
+
+    critic: Critic | None = None
 
     def __init__(self, config: TokenizerTrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
