@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.config import AdamConfig, OptimConfig
+from textok_fast.training.parallel import local, part_like
 
 
 def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.Optimizer]:
@@ -50,7 +51,10 @@ def learning_rate(step: int, total: int, config: AdamConfig) -> float:
 
 
 class ExponentialMovingAverage:
-    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first."""
+    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first.
+
+    Of weights that lie in parts on several processes each averages its part.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -61,19 +65,14 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """``step``: updates done before this one."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch._foreach_lerp_(self.averages, parameters, 1 - decay)
+        parameters = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        torch._foreach_lerp_([local(average) for average in self.averages], parameters, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """``state``: whole tensors."""
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrites the model's parameters with the averages."""
-        for parameter, average in zip((p for p in model.parameters() if p.requires_grad), self.averages, strict=True):
-            parameter.copy_(average)
+            local(average).copy_(local(part_like(state[name], average)))
