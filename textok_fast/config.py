@@ -319,7 +319,9 @@ class OptimConfig(AdamConfig):
         if not all(0 <= decay <= 1 for decay in self.ema_decays):
             raise InputError(f"ema_decays must be in [0, 1], got {list(self.ema_decays)}")
         if len({self.ema_decay, *self.ema_decays}) <= len(self.ema_decays):
-            raise InputError(f"ema_decays {list(self.ema_decays)} must differ from each other and from ema_decay {self.ema_decay}")
+            raise InputError(
+                f"ema_decays {list(self.ema_decays)} must differ from each other and from ema_decay {self.ema_decay}"
+            )
 
 
 @dataclass

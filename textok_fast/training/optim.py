@@ -76,3 +76,9 @@ class ExponentialMovingAverage:
         """``state``: whole tensors."""
         for name, average in zip(self.names, self.averages, strict=True):
             local(average).copy_(local(part_like(state[name], average)))
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrites the model's parameters with the averages."""
+        for parameter, average in zip((p for p in model.parameters() if p.requires_grad), self.averages, strict=True):
+            local(parameter).copy_(local(average))

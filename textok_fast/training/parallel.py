@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -106,10 +106,19 @@ class Network:
         with contextlib.nullcontext() if last or self.sharded or self.forward is self.model else self.forward.no_sync():  # type: ignore[operator]
             yield
 
-    def clip(self, limit: float) -> None:
-        """Scales all gradients down to a norm of ``limit``; 0 leaves them."""
-        if limit:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+    def descend(self, loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], clip: float, parts: int, last: bool) -> None:
+        """The backward pass of one of ``parts`` of a step; after the last one the optimizers' step.
+
+        ``clip``: the largest norm of the whole gradient; 0 leaves it as it is.
+        """
+        (loss / parts).backward()
+        if not last:
+            return
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def place(model: nn.Module, run: RunConfig, device: torch.device, world: int, parallel: str = "") -> Network:
@@ -130,6 +139,11 @@ def place(model: nn.Module, run: RunConfig, device: torch.device, world: int, pa
     if sharded:
         _shard(model, device, world, run.mixed_precision != "no")
     return Network(model, model if world == 1 or sharded else _distributed(model, device), sharded)
+
+
+def precision(run: RunConfig, device: torch.device) -> torch.autocast:
+    """The context that losses are computed in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=run.mixed_precision != "no")
 
 
 def is_plain(run: RunConfig, world: int) -> bool:
@@ -185,8 +199,8 @@ def _to_float8(model: nn.Module) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def wanted(layer: nn.Module, name: str) -> bool:
-        sizes = (layer.in_features, layer.out_features)  # type: ignore[attr-defined]
-        return "adaLN" not in name and not any(size % FP8_MULTIPLE for size in sizes)  # type: ignore[operator]
+        sizes: tuple[Any, ...] = (layer.in_features, layer.out_features)
+        return "adaLN" not in name and not any(size % FP8_MULTIPLE for size in sizes)
 
     config = Float8LinearConfig(pad_inner_dim=True)  # of a weight's gradient it is the number of rows, which may be any
     for block in _blocks(model):

@@ -15,10 +15,12 @@ from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit
 from textok_fast.training.losses import tokenizer_loss
+from textok_fast.training.parallel import check_run, join_processes
 
 STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones whatever the batch size
+STATISTICS_BATCH = 64
 
 
 class TokenizerTask:
@@ -60,7 +62,7 @@ class TokenizerTask:
 @torch.no_grad()
 def measure_latent_statistics(task: TokenizerTask) -> None:
     """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included."""
-    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), task.config.run.batch_size
+    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), STATISTICS_BATCH
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     task.model.eval()
     for first in range(0, pictures, batch_size):
@@ -77,7 +79,8 @@ def measure_latent_statistics(task: TokenizerTask) -> None:
 
 def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
     """Trains a TexTok; the finished model is in ``<output_dir>/final``. See :func:`textok_fast.training.loop.fit`."""
-    processes = join_processes()
+    processes = join_processes(config.run.timeout)
+    check_run(config.run, processes.device, processes.num_processes)
     torch.manual_seed(config.run.seed)  # the initial weights
     task = TokenizerTask(config, processes.device)
     announce(processes, task.dataset.describe())
