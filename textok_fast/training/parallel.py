@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -184,6 +185,8 @@ def _shard(model: nn.Module, device: torch.device, world: int, half: bool) -> No
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # The residual sums after a sharded module make new tensors; nothing works in place on what it returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (world,))
     lean = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
     for module in _shards(model):
@@ -299,5 +302,5 @@ def lost_processes(world: int, advice: str) -> Iterator[None]:
         if world == 1 or not (isinstance(error, distributed.DistError) or any(word in text for word in gone)):
             raise
         raise ConnectionError(
-            f"another process of this run has ended or does not answer; {advice} ({text.splitlines()[0]})"
+            f"another process of this run has ended or does not answer; {advice} ({text.splitlines()[0].split('. ')[0]})"
         ) from error
