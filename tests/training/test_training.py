@@ -347,7 +347,7 @@ def test_a_missing_extra_is_named(train_config: TrainConfig, tmp_path: Path, mon
         train_tokenizer(train_config(tmp_path), progress=False)
 
 
-# -- several processes, see also test_parallel.py -------------------------------------------------------------------------------------------------
+# -- several processes, see also test_parallel.py ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -474,7 +474,7 @@ def test_every_seed_step_and_micro_step_has_its_own_numbers() -> None:
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(InputError, match=r"3 pictures.*global batch of 8.*run\.batch_size"):
+    with pytest.raises(InputError, match=r"3 pictures.*batch of 8.*run\.batch_size"):
         StepBatches(3, 4, seed=0, start=0, stop=1, rank=0, world=2)
 
 

@@ -154,7 +154,7 @@ class StepBatches(Sampler[list[int]]):
         self.whole = batch_size * world * passes
         if length < self.whole:
             raise InputError(
-                f"the data set has {length} pictures, fewer than the batch of {self.whole} of a step; lower run.batch_size"
+                f"the data set has {length} pictures, fewer than a step's batch of {self.whole}; lower run.batch_size"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.world, self.passes = start, stop, rank, world, passes
