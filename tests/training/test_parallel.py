@@ -20,7 +20,7 @@ import training_process
 from safetensors.torch import load_file
 
 from textok_fast import DiT, InputError, TexTok
-from textok_fast.config import DiTConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
+from textok_fast.config import DiscriminatorConfig, DiTConfig, LossConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
 from textok_fast.training import parallel, tokenizer, train_tokenizer
 from textok_fast.training.checkpoints import list_checkpoints
 from textok_fast.training.loop import StepBatches, StepRandom
@@ -81,12 +81,14 @@ def assert_same(run: Path, wanted: Path, atol: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def settings(train_config: TrainConfig) -> Callable[..., dict[str, Any]]:
-    """A run of 6 steps of 8 pictures, with two averages."""
+    """A run of 6 steps of 8 pictures, with two averages; "tokenizer" with a discriminator from step 1 on."""
 
     def make(directory: Path, **run: Any) -> dict[str, Any]:
         config = train_config(directory, {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "sample_every": 3, **run})
         # Adam makes steps of the learning rate's size out of the rounding of a gradient that is almost zero.
         config.optim = OptimConfig(lr=2e-4, warmup_steps=2, ema_decay=0.9, ema_decays=(0.5,))
+        config.loss = LossConfig(gan=0.5, gan_loss="non-saturating", gan_start=1, lecam=0.1, r1=1.0, r1_interval=2)
+        config.discriminator = DiscriminatorConfig(kind="patchgan", channels=8, layers=1)
         return to_dict(config)
 
     return make

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
+from textok_fast.errors import InputError
 from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
@@ -89,6 +90,13 @@ def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progr
     """Trains a TexTok; the finished model is in ``<output_dir>/final``. See :func:`textok_fast.training.loop.fit`."""
     processes = join_processes(config.run.timeout)
     check_run(config.run, processes.device, processes.num_processes)
+    part = config.run.batch_size // (processes.num_processes * config.run.gradient_accumulation)
+    group = config.discriminator.stddev_group
+    if config.loss.gan and config.discriminator.kind == "stylegan" and group and part % group:
+        raise InputError(
+            f"each of {processes.num_processes} processes passes {part} pictures at once, which is no multiple of "
+            f"discriminator.stddev_group {group}: change run.batch_size, run.gradient_accumulation or the number of processes"
+        )
     torch.manual_seed(config.run.seed)  # the initial weights
     task = TokenizerTask(config, processes.device)
     announce(processes, task.dataset.describe())
