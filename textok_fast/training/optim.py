@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from textok_fast.config import OptimConfig
+from textok_fast.config import AdamConfig, OptimConfig
+from textok_fast.training.parallel import local, part_like
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon beside it for ``config.name`` "muon". Every optimizer steps once a step, at the same learning rate.
+def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon beside it where ``config`` names it. Every optimizer steps once a step, at the same learning rate.
 
     Weight decay is on the linear layers' matrices only, not on biases, norms, embeddings, positions and learned tokens.
     """
+    by_muon = isinstance(config, OptimConfig) and config.name == "muon"
     in_blocks = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
     muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -25,7 +27,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
                 continue
             if not (isinstance(module, nn.Linear) and name == "weight"):
                 plain.append(parameter)
-            elif config.name == "muon" and id(parameter) in in_blocks:
+            elif by_muon and id(parameter) in in_blocks:
                 muon.append(parameter)
             else:
                 decayed.append(parameter)
@@ -39,7 +41,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return optimizers
 
 
-def learning_rate(step: int, total: int, config: OptimConfig) -> float:
+def learning_rate(step: int, total: int, config: AdamConfig) -> float:
     """Linear warm-up to ``lr``, then a half cosine down to ``final_lr * lr`` at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -49,7 +51,10 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 class ExponentialMovingAverage:
-    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first."""
+    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first.
+
+    Of weights that lie in parts on several processes each averages its part.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -60,19 +65,20 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """``step``: updates done before this one."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch._foreach_lerp_(self.averages, parameters, 1 - decay)
+        parameters = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        torch._foreach_lerp_([local(average) for average in self.averages], parameters, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """``state``: whole tensors."""
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
+            local(average).copy_(local(part_like(state[name], average)))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the model's parameters with the averages."""
         for parameter, average in zip((p for p in model.parameters() if p.requires_grad), self.averages, strict=True):
-            parameter.copy_(average)
+            local(parameter).copy_(local(average))
