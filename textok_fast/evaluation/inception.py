@@ -1,8 +1,8 @@
 """The Inception network whose features FID is defined on, torchvision-free.
 
 It is the classifier of TensorFlow's ``inception-2015-12-05`` archive, which FID (Heusel et al. 2017, arXiv 1706.08500), ADM's
-evaluator and every published FID use, in the layout of its PyTorch port (pytorch-fid, torch-fidelity): torchvision's Inception v3
-but 1,008 classes, average pools that leave the border's zeros out, and a maximum pool in the last block.
+evaluator and published FIDs use, in the layout of its PyTorch port (pytorch-fid, torch-fidelity): torchvision's Inception v3
+with 1,008 classes, average pools that leave the border's zeros out, and a maximum pool in the last block.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FIDInception(nn.Module):
     """Pictures -> :class:`InceptionFeatures`.
 
     Args:
-        narrow: divides all numbers of channels, and the classes; 1 is the published network, others (of 2, 4, 8, 16) are for tests.
+        narrow: divides all numbers of channels, and the classes; 1 is the published network, 2, 4, 8 and 16 are for tests.
     """
 
     def __init__(self, narrow: int = 1) -> None:
