@@ -25,7 +25,7 @@ from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
 FILE_SOURCES = ("folder", "webdataset")
@@ -35,6 +35,8 @@ PREVIEW_SAMPLES, PREVIEW_STEPS = 8, 20
 
 class GeneratorTask:
     """Denoising of cached tokens, some of them without their label or caption so that guidance works."""
+
+    critic: Critic | None = None
 
     def __init__(self, config: GeneratorTrainConfig, tokenizer: TexTok) -> None:
         self.config, self.tokenizer = config, tokenizer
