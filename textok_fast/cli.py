@@ -263,6 +263,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--reference", default="", help="pictures or an .npz reference batch, for rFID (default: the originals)"
     )
     reconstruction.add_argument("--no-captions", action="store_true", help="give the tokenizer the null caption")
+    reconstruction.add_argument("--lpips", nargs="+", default=[], metavar="FILE",
+        help="VGG16's weights for ImageNet, a file or a Hub id, and LPIPS' heads if not torchmetrics' copy")  # fmt: skip
     generation = _command(kinds, "generation", run_evaluate, "gFID, sFID, IS, precision and recall of samples",
         "textok-fast evaluate generation --samples runs/dit/final --reference VIRTUAL_imagenet256_labeled.npz "
         "--inception published --out evaluation")  # fmt: skip
@@ -616,8 +618,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.evaluation.parts import Processes
 
     _require_writable(args.out if args.task == "reference" else args.out / f"{args.task}.json")
-    Processes.join()  # before anything asks which GPU is this process's
-    with _progress(args.task, args.json) as advance:
+    processes = Processes.join()  # before anything asks which GPU is this process's
+    with _progress(args.task, args.json or not processes.is_main) as advance:
         given: dict[str, Any] = {
             "count": args.count,
             "plan": _plan(args, args.batch_size),
@@ -636,9 +638,18 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
                 print(f"wrote {args.out}: statistics of {written['pictures']:,} pictures, and {written['kept']:,} of them")
             return written
         if args.task == "reconstruction":
+            if len(args.lpips) > 2:
+                raise InputError(f"--lpips takes VGG16's weights, and maybe LPIPS' heads, got {' '.join(args.lpips)}")
+            vgg, heads = (*args.lpips, "", "")[:2]
             captions = not args.no_captions
             found = evaluate.evaluate_reconstruction(
-                args.model, args.images, args.out, reference=args.reference, with_captions=captions, options=options
+                args.model,
+                args.images,
+                args.out,
+                reference=args.reference,
+                with_captions=captions,
+                lpips=(vgg, heads),
+                options=options,
             )
         else:
             interval = tuple(args.guidance_interval) if args.guidance_interval else None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from textok_fast.data.token_cache import shard_ranges
 from textok_fast.errors import InputError
@@ -31,7 +31,7 @@ from textok_fast.evaluation.batches import (
     open_pictures,
     write_npz,
 )
-from textok_fast.evaluation.features import ClipScore, FeatureNetwork, load_networks
+from textok_fast.evaluation.features import ClipScore, FeatureNetwork, exact_convolutions, load_networks
 from textok_fast.evaluation.fidelity import (
     NEIGHBOURS,
     Gaussian,
@@ -52,6 +52,7 @@ from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.encoding import fingerprint
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.pictures import image_grid
+from textok_fast.training.perceptual import load_lpips
 
 PUBLISHED_COUNT = 50_000  # pictures of published FIDs
 REFERENCE_PICTURES = 10_000  # of a reference batch, for precision and recall
@@ -59,6 +60,7 @@ FEATURE_BATCH = 64  # pictures that a feature network sees at once
 GRID_PICTURES = 16
 PICTURE_METRICS = (("psnr", "PSNR, dB", "higher"), ("ssim", "SSIM", "higher"), ("lpips", "LPIPS (VGG)", "lower"))
 PART_SIZE = FEATURE_BATCH
+LPIPS_SMALLEST = 16  # pixels
 
 
 @dataclass
@@ -149,7 +151,9 @@ class Evaluation:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}"
+    if not math.isfinite(value) or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 0.01 else f"{value:.4f}" if abs(value) < 1 else f"{value:,.3f}"
 
 
 # -- reconstruction ---------------------------------------------------------------------------------------------------------
@@ -165,15 +169,24 @@ class _Pair(NamedTuple):
 
 
 def evaluate_reconstruction(
-    model: str, images: str, out: Path, *, reference: str = "", with_captions: bool = True, options: Options | None = None
+    model: str,
+    images: str,
+    out: Path,
+    *,
+    reference: str = "",
+    with_captions: bool = True,
+    lpips: tuple[str, str] = ("", ""),
+    options: Options | None = None,
 ) -> Evaluation | None:
-    """rFID, inception score, PSNR, SSIM and codebook use of a tokenizer on captioned pictures; uint8 pictures are compared.
+    """rFID, inception score, PSNR, SSIM, LPIPS and codebook use of a tokenizer on captioned pictures, compared as uint8.
 
     Args:
         model: a TexTok or an autoencoder: a directory or a Hub id.
         images: a folder, WebDataset shards, or an .npz batch, which has no captions.
         reference: an .npz reference batch for the Fréchet distance; "" compares with the originals.
         with_captions: False gives the tokenizer the null caption.
+        lpips: weights of VGG16 and LPIPS' heads, as :func:`textok_fast.training.perceptual.load_lpips` takes them; "" leaves
+            LPIPS out.
 
     Returns None in processes other than the main one. InputError for what cannot be read, and for a directory with results of
     other models, pictures or settings.
@@ -210,6 +223,14 @@ def evaluate_reconstruction(
         stages.append(Stage("psnr-ssim", made_by, lambda pair: picture_metrics(pair.originals, pair.reconstructions)))
     except InputError as error:  # no torchmetrics, or pictures too small for SSIM
         missing["PSNR, SSIM"] = str(error)
+    if not lpips[0]:
+        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
+    elif size < LPIPS_SMALLEST:
+        missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
+    else:
+        perceptual = load_lpips(*lpips).to(plan.device)
+        described = {**made_by, "lpips": fingerprint(perceptual)}
+        stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(perceptual, pair)}))
     codes = tokenizer.bottleneck.codebook_size if isinstance(tokenizer, TexTok) else 0
     if codes:
         stages.append(Stage("codes", made_by, lambda pair: {"indices": cast(Tensor, pair.indices)}))
@@ -228,7 +249,9 @@ def evaluate_reconstruction(
     if not parts.processes.is_main:
         return None
 
-    compared = parts.gather("psnr-ssim", count) if "PSNR, SSIM" not in missing else {}
+    compared: dict[str, Tensor] = {}
+    for stage in ("psnr-ssim", "lpips"):
+        compared |= parts.gather(stage, count) if stage in {each.name for each in stages} else {}
     metrics = {
         name: Metric(float(compared[name].double().mean()), title, better)
         for name, title, better in PICTURE_METRICS
@@ -475,7 +498,7 @@ class _Reference(NamedTuple):
             manifold = None if features is None else features["pool"][_spread(len(given))]
             return cls(pool, given.statistics(SPATIAL_STATISTICS), manifold)
         notes.append(
-            f"The statistics in {given.path.name} are not of {network.title}: its {len(given):,} pictures were compared with."
+            f"The statistics in {given.path.name} are not of {network.title}: its {len(given):,} pictures stand in for them."
         )
         return cls(None, None, None) if features is None else cls.of(features)
 
@@ -550,6 +573,19 @@ def _samples(samples: str, sampling: Sampling | None, parts: Parts, options: Opt
     if sampling is not None and sampling.prompts:
         raise InputError(f"{samples} holds pictures, which take no prompts: give a pipeline's directory")
     return open_pictures(samples, options.image_size, options.count)
+
+
+@torch.no_grad()
+def _lpips(network: nn.Module, pair: _Pair) -> Tensor:
+    """(n,) distances of originals and reconstructions."""
+    device = next(network.parameters()).device
+    found = []
+    for start in range(0, len(pair.originals), FEATURE_BATCH):
+        rows = slice(start, start + FEATURE_BATCH)
+        both = [torch.from_numpy(side[rows]).permute(0, 3, 1, 2).to(device) for side in (pair.originals, pair.reconstructions)]
+        with exact_convolutions():
+            found.append(network(both[1] / 127.5 - 1, both[0] / 127.5 - 1).cpu())
+    return torch.cat(found)
 
 
 def _in_batches(network: FeatureNetwork) -> Callable[[np.ndarray], dict[str, Tensor]]:

@@ -59,7 +59,7 @@ class InceptionNetwork:
         self.identity = {"network": "inception", "sha256": weights.sha256}
 
     def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
-        with _exact():
+        with exact_convolutions():
             found = self.network(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.device))
         return {"pool": found.pool.cpu(), "spatial": found.spatial.cpu()}
 
@@ -100,7 +100,7 @@ class TransformersNetwork:
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
         given = self.processor(images=list(pictures), return_tensors="pt")
-        with _exact():
+        with exact_convolutions():
             out = self.network(given["pixel_values"].to(self.device))
         pooled = getattr(out, "pooler_output", None)
         return {"pool": (out.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)).float().cpu()}
@@ -127,7 +127,7 @@ class ClipScore:
         """uint8 (B, H, W, 3) and B captions -> scores (B,) float32 on the CPU."""
         options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": self.longest}
         given = self.processor(text=list(captions), images=list(pictures), **options)
-        with _exact():
+        with exact_convolutions():
             out = self.network(**{name: value.to(self.device) for name, value in given.items()})
         cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=-1)
         return 100 * cosine.clamp_min(0).cpu()  # (B,)
@@ -161,7 +161,7 @@ def load_networks(
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
     """Convolutions without TensorFloat-32, which moves features by a thousandth."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield

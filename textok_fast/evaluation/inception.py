@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textok_fast.errors import InputError
+from textok_fast.interop.weights import read_weights
 from textok_fast.modeling.saving import load_state
 from textok_fast.paths import cache_dir
 
@@ -26,6 +26,7 @@ PUBLISHED_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # torch-fidelity's file is the same
 INPUT_SIZE = 299  # pixels
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, for sFID: 7 x 17 x 17 = 2,023 numbers, about as many as pool_3 has
+NARROW = (1, 2, 4, 8, 16)  # the published network, and those that tests can afford
 
 Channels = Callable[[int], int]  # the published number of channels -> this network's
 
@@ -41,13 +42,13 @@ class FIDInception(nn.Module):
     """Pictures -> :class:`InceptionFeatures`.
 
     Args:
-        narrow: divides all numbers of channels, and the classes; 1 is the published network, 2, 4, 8 and 16 are for tests.
+        narrow: of :data:`NARROW`, divides all numbers of channels, and the classes; 1 is the published network.
     """
 
     def __init__(self, narrow: int = 1) -> None:
         super().__init__()
-        if narrow not in (1, 2, 4, 8, 16):
-            raise InputError(f"narrow must be 1, 2, 4, 8 or 16, got {narrow}")
+        if narrow not in NARROW:
+            raise InputError(f"narrow must be one of {', '.join(map(str, NARROW))}, got {narrow}")
 
         def n(channels: int) -> int:
             return channels // narrow
@@ -275,24 +276,14 @@ def find_inception(source: str = "", sha256: str = "") -> Path:
 
 
 def load_inception(path: str | Path, device: str | torch.device = "cpu") -> InceptionWeights:
-    """Reads a state dict (.pth, without unpickling objects, or .safetensors), its width by its shapes.
+    """Reads a state dict, as :func:`textok_fast.interop.weights.read_weights` does; the width is that of its shapes.
 
     Raises InputError, naming the key, for other weights, such as torchvision's own Inception.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"cannot read Inception's weights in {path}: {error}") from None
-    except Exception as error:  # what unpickling a file that is none may raise
-        raise InputError(f"{path} is no state dict of tensors: {type(error).__name__}: {error}") from None
-    first = state.get("Conv2d_1a_3x3.conv.weight") if isinstance(state, dict) else None
-    if not isinstance(first, Tensor) or first.ndim != 4 or 32 % first.shape[0]:
+    state = read_weights(path).state
+    first = state.get("Conv2d_1a_3x3.conv.weight")
+    if first is None or first.ndim != 4 or 32 // first.shape[0] not in NARROW:
         raise InputError(f"{path} has no Conv2d_1a_3x3.conv.weight (32, 3, 3, 3): it is no Inception in pytorch-fid's layout")
     network = FIDInception(32 // first.shape[0])
     own = network.state_dict()
