@@ -251,6 +251,69 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--timing-cache", type=Path, metavar="FILE", help="of tensorrt: kernel times, read and written")
     export.add_argument("--out", type=Path, required=True)
 
+    kinds = _group(commands, "evaluate", "measure tokenizers, generators and pictures; resumable, on one process or many",
+        "textok-fast evaluate reconstruction --model runs/tok/final --images photos --out evaluation")  # fmt: skip
+    reconstruction = _command(kinds, "reconstruction", run_evaluate, "rFID, PSNR, SSIM, LPIPS and codebook use of a tokenizer",
+        "textok-fast evaluate reconstruction --model runs/tok/final --images photos --out evaluation")  # fmt: skip
+    reconstruction.add_argument("--model", required=True, help="tokenizer: a directory or a Hub id")
+    reconstruction.add_argument(
+        "--images", required=True, help="captioned pictures: a folder, .tar shards, or an .npz batch, which has no captions"
+    )
+    reconstruction.add_argument(
+        "--reference", default="", help="pictures or an .npz reference batch, for rFID (default: the originals)"
+    )
+    reconstruction.add_argument("--no-captions", action="store_true", help="give the tokenizer the null caption")
+    reconstruction.add_argument("--lpips", nargs="+", default=[], metavar="FILE",
+        help="VGG16's weights for ImageNet, a file or a Hub id, and LPIPS' heads if not torchmetrics' copy")  # fmt: skip
+    generation = _command(kinds, "generation", run_evaluate, "gFID, sFID, IS, precision and recall of samples",
+        "textok-fast evaluate generation --samples runs/dit/final --reference VIRTUAL_imagenet256_labeled.npz "
+        "--inception published --out evaluation")  # fmt: skip
+    generation.add_argument("--reference", required=True, help="an .npz reference batch, a folder of pictures or .tar shards")
+    text = _command(kinds, "text", run_evaluate, "CLIP score of pictures and their captions",
+        "textok-fast evaluate text --samples samples --clip openai/clip-vit-large-patch14 --out evaluation")  # fmt: skip
+    text.add_argument("--clip", required=True, help="a CLIP of transformers: a directory or a Hub id")
+    for made in (generation, text):
+        made.add_argument(
+            "--samples",
+            required=True,
+            help="a pipeline's directory (of `train generator`, or `convert --tokenizer`), which then makes them; a folder of "
+            "pictures, such as `sample` writes; .tar shards; or an .npz batch",
+        )
+        made.add_argument(
+            "--prompts", type=Path, help="for a pipeline that reads captions: a file with one a line, taken in turn"
+        )
+        made.add_argument("--seed", type=int, default=0, help="sample i is made from seed + i (default: %(default)s)")
+        made.add_argument("--steps", type=int, default=50)
+        made.add_argument("--sampler", default="", help="as of `sample`")
+        made.add_argument("--guidance", type=float, default=1.0)
+        made.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"))
+        made.add_argument("--guided-channels", type=int, metavar="N")
+    reference = _command(kinds, "reference", run_evaluate, "write an .npz reference batch of a set of pictures",
+        "textok-fast evaluate reference --images photos --inception published --out reference.npz")  # fmt: skip
+    reference.add_argument("--images", required=True, help="a folder of pictures, .tar shards, or an .npz batch")
+    for task in (reconstruction, generation, text, reference):
+        task.set_defaults(task=task.prog.rsplit(" ", 1)[-1])
+        task.add_argument("--count", type=int, metavar="N",
+            help="the first N pictures (default: all of a set; 50,000 of a pipeline)")  # fmt: skip
+        task.add_argument("--out", type=Path, required=True)
+        task.add_argument("--batch-size", type=int, default=32, help="of the models (default: %(default)s)")
+        task.add_argument("--part-size", type=int, default=64, metavar="N",
+            help="pictures whose results are kept together: what a stopped run loses (default: %(default)s)")  # fmt: skip
+        _plan_options(task)
+    for task in (generation, text, reference):
+        task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
+    for task in (reconstruction, generation):
+        task.add_argument("--features", nargs="+", default=["inception"], metavar="NETWORK",
+            help="inception, pixels, or a vision model of transformers by directory or Hub id (default: inception)",
+        )  # fmt: skip
+    for task in (reconstruction, generation, text):
+        task.add_argument("--npz", action="store_true", help="also write the pictures as an .npz batch, for other evaluators")
+    for task in (reconstruction, generation, reference):
+        task.add_argument("--inception", default="", metavar="FILE",
+            help="Inception's weights: a file, a URL, or 'published' (default: what an earlier download left in the cache)",
+        )  # fmt: skip
+        task.add_argument("--inception-sha256", default="", metavar="HASH", help="what they must have; a URL needs it")
+
     kinds = _group(commands, "bench", "measure this machine", "textok-fast bench speedup --out speedup")
     speedup = _command(kinds, "speedup", run_bench_speedup,
         "compare whole systems over few and over many tokens, in three forms each",
@@ -547,6 +610,64 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     names = ", ".join(entry["file"] for entry in exported.manifest.files.values())
     print(f"wrote {args.out}: {names}, export.json, parity.json and parity.md")
     return exported.to_dict()
+
+
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    """One of the tasks; of several processes the main one tells the result."""
+    from textok_fast.evaluation import evaluate
+    from textok_fast.evaluation.parts import Processes
+
+    _require_writable(args.out if args.task == "reference" else args.out / f"{args.task}.json")
+    processes = Processes.join()  # before anything asks which GPU is this process's
+    with _progress(args.task, args.json or not processes.is_main) as advance:
+        given: dict[str, Any] = {
+            "count": args.count,
+            "plan": _plan(args, args.batch_size),
+            "batch_size": args.batch_size,
+            "part_size": args.part_size,
+            "command": args.command_line,
+            "progress": advance,
+        }
+        for name in ("features", "inception", "inception_sha256", "image_size", "npz"):
+            if hasattr(args, name):
+                given[name] = getattr(args, name)
+        options = evaluate.Options(**given)
+        if args.task == "reference":
+            written = evaluate.write_reference(args.images, args.out, options)
+            if written is not None:
+                print(f"wrote {args.out}: statistics of {written['pictures']:,} pictures, and {written['kept']:,} of them")
+            return written
+        if args.task == "reconstruction":
+            if len(args.lpips) > 2:
+                raise InputError(f"--lpips takes VGG16's weights, and maybe LPIPS' heads, got {' '.join(args.lpips)}")
+            vgg, heads = (*args.lpips, "", "")[:2]
+            captions = not args.no_captions
+            found = evaluate.evaluate_reconstruction(
+                args.model,
+                args.images,
+                args.out,
+                reference=args.reference,
+                with_captions=captions,
+                lpips=(vgg, heads),
+                options=options,
+            )
+        else:
+            interval = tuple(args.guidance_interval) if args.guidance_interval else None
+            prompts = [] if args.prompts is None else _lines(args.prompts)
+            sampling = evaluate.Sampling(
+                prompts, args.seed, args.steps, args.sampler, args.guidance, interval, args.guided_channels
+            )
+            if args.task == "generation":
+                found = evaluate.evaluate_generation(
+                    args.samples, args.out, reference=args.reference, sampling=sampling, options=options
+                )
+            else:
+                found = evaluate.evaluate_text(args.samples, args.out, clip=args.clip, sampling=sampling, options=options)
+    if found is None:
+        return None
+    print(found.to_markdown())
+    print(f"wrote {', '.join(found.files)}; parts/ beside them is only needed to go on")
+    return found.to_dict()
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:

@@ -109,15 +109,15 @@ def encode_range(
     return tensors, keys, captions
 
 
-def claim_index(directory: Path, index: dict[str, Any]) -> None:
-    """Writes index.json, or checks that the one there says the same; InputError when it does not."""
+def claim_index(directory: Path, index: dict[str, Any], what: str = "tokens") -> None:
+    """Writes index.json, or checks that the one there says the same of ``what`` it holds; InputError when it does not."""
     path = directory / INDEX_NAME
     if path.exists():
         found = read_index(directory)
         if found != index:
             changed = [key for key in {*found, *index} if found.get(key) != index.get(key)]
             raise InputError(
-                f"{directory} holds tokens made otherwise ({', '.join(sorted(changed))} differ); choose another directory"
+                f"{directory} holds {what} made otherwise ({', '.join(sorted(changed))} differ); choose another directory"
             )
         return
     write_text(path, json.dumps(index, indent=2) + "\n")

@@ -44,10 +44,15 @@ def ssim(original: Images, reconstruction: Images) -> float:
 
 def reconstruction_metrics(original: Images, reconstruction: Images) -> dict[str, float]:
     """``{"psnr": dB, "ssim": 0..1, "images": B}`` of :func:`psnr` and :func:`ssim`."""
+    each = picture_metrics(original, reconstruction)
+    return {"psnr": float(each["psnr"].mean()), "ssim": float(each["ssim"].mean()), "images": len(each["psnr"])}
+
+
+def picture_metrics(original: Images, reconstruction: Images) -> dict[str, Tensor]:
+    """``psnr`` and ``ssim`` (B,) float32 of each picture, of which :func:`psnr` and :func:`ssim` are the means."""
     pairs = [(_psnr(a, b), _ssim(a, b)) for a, b in _chunks(original, reconstruction, smallest=SSIM_WINDOW)]
-    peak = torch.cat([pair[0] for pair in pairs])  # (B,)
-    structure = torch.cat([pair[1] for pair in pairs])  # (B,)
-    return {"psnr": float(peak.mean()), "ssim": float(structure.mean()), "images": len(peak)}
+    peak, structure = zip(*pairs, strict=True)
+    return {"psnr": torch.cat(peak), "ssim": torch.cat(structure)}
 
 
 def _psnr(original: Tensor, reconstruction: Tensor) -> Tensor:

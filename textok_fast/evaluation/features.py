@@ -1,0 +1,179 @@
+"""The networks that evaluation looks at pictures with, each under a name that says what it is.
+
+A Fréchet distance is called FID only over :class:`InceptionNetwork` with the published weights; over anything else it is named
+after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from textok_fast.errors import InputError
+from textok_fast.evaluation.inception import find_inception, load_inception
+from textok_fast.modeling.encoding import fingerprint
+
+PIXEL_GRID = 8  # pixels: of PixelNetwork, 3 x 8 x 8 = 192 numbers
+
+
+class FeatureNetwork(Protocol):
+    """Pictures -> features of fixed size.
+
+    Attributes:
+        label: short and unique among the networks of a run; names its results.
+        title: what the features are, in words.
+        is_fid: whether a Fréchet distance over ``pool`` is FID.
+        identity: what tells it from other networks, JSON-ready.
+    """
+
+    label: str
+    title: str
+    is_fid: bool
+    identity: dict[str, Any]
+
+    def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        """uint8 (B, H, W, 3) -> float32 on the CPU: ``pool`` (B, D), and ``spatial`` (B, D_s) for Inception."""
+        ...
+
+    def logits(self, pool: Tensor) -> Tensor | None:
+        """(B, D) -> (B, classes) of a classifier; None for other networks."""
+        ...
+
+
+class InceptionNetwork:
+    """Inception's pool_3 and mixed_6/conv; FID's own if the weights are the published file, by its sha256."""
+
+    def __init__(self, source: str = "", sha256: str = "", device: str | torch.device = "cpu") -> None:
+        weights = load_inception(find_inception(source, sha256), device)
+        self.network, self.device = weights.network, device
+        self.is_fid = weights.published
+        self.label = "inception" if self.is_fid else f"inception-{weights.sha256[:8]}"
+        self.title = "Inception's pool_3" if self.is_fid else f"pool_3 of an Inception of other weights ({weights.sha256[:8]})"
+        self.identity = {"network": "inception", "sha256": weights.sha256}
+
+    def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        with exact_convolutions():
+            found = self.network(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.device))
+        return {"pool": found.pool.cpu(), "spatial": found.spatial.cpu()}
+
+    def logits(self, pool: Tensor) -> Tensor:
+        return torch.cat([self.network.logits(part.to(self.device)).cpu() for part in pool.split(4096)])
+
+
+class PixelNetwork:
+    """The picture itself, averaged to 8 x 8 pixels in [0, 1]: colours and layout, and no weights to get."""
+
+    label, is_fid = "pixels", False
+    title = f"the pixels, averaged to {PIXEL_GRID} x {PIXEL_GRID}"
+
+    def __init__(self) -> None:
+        self.identity: dict[str, Any] = {"network": "pixels", "grid": PIXEL_GRID}
+
+    def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        return {"pool": F.adaptive_avg_pool2d(pixels, PIXEL_GRID).flatten(1)}
+
+    def logits(self, pool: Tensor) -> None:
+        return None
+
+
+class TransformersNetwork:
+    """The pooled features of a vision model of transformers (DINOv2, a CLIP's image tower, a ViT), by directory or Hub id."""
+
+    is_fid = False
+
+    def __init__(self, source: str, device: str | torch.device = "cpu") -> None:
+        self.network, self.processor = _load_transformers(source, "AutoModel", "AutoImageProcessor")
+        self.network = getattr(self.network, "vision_model", self.network).to(device)
+        self.device = device
+        self.label = source.rstrip("/").rsplit("/", 1)[-1]
+        self.title = f"the pooled features of {source}"
+        self.identity = {"network": self.label, "weights": fingerprint(self.network)}
+
+    @torch.no_grad()
+    def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        given = self.processor(images=list(pictures), return_tensors="pt")
+        with exact_convolutions():
+            out = self.network(given["pixel_values"].to(self.device))
+        pooled = getattr(out, "pooler_output", None)
+        return {"pool": (out.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)).float().cpu()}
+
+    def logits(self, pool: Tensor) -> None:
+        return None
+
+
+class ClipScore:
+    """100 max(cos(picture, caption), 0) of a CLIP of transformers (Hessel et al. 2021, arXiv 2104.08718, without their 2.5).
+
+    Captions are cut at the length that the model reads. Values of different CLIPs cannot be compared.
+    """
+
+    def __init__(self, source: str, device: str | torch.device = "cpu") -> None:
+        self.network, self.processor = _load_transformers(source, "CLIPModel", "AutoProcessor")
+        self.network, self.device = self.network.to(device), device
+        self.title = f"CLIP {source}"
+        self.longest = int(self.network.config.text_config.max_position_embeddings)
+        self.identity = {"clip": source.rstrip("/").rsplit("/", 1)[-1], "weights": fingerprint(self.network)}
+
+    @torch.no_grad()
+    def __call__(self, pictures: np.ndarray, captions: Sequence[str]) -> Tensor:
+        """uint8 (B, H, W, 3) and B captions -> scores (B,) float32 on the CPU."""
+        options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": self.longest}
+        given = self.processor(text=list(captions), images=list(pictures), **options)
+        with exact_convolutions():
+            out = self.network(**{name: value.to(self.device) for name, value in given.items()})
+        cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float(), dim=-1)
+        return 100 * cosine.clamp_min(0).cpu()  # (B,)
+
+
+def load_networks(
+    names: Sequence[str], inception: str = "", sha256: str = "", device: str | torch.device = "cpu"
+) -> tuple[list[FeatureNetwork], dict[str, str]]:
+    """The networks of "inception", "pixels" and others by directory or Hub id, and for each that cannot be had the reason.
+
+    ``inception``, ``sha256``: as in :func:`~textok_fast.evaluation.inception.find_inception`; weights that were named and are
+    not there are an InputError. So is a name twice.
+    """
+    if len(set(names)) != len(names):
+        raise InputError(f"each of the features once, got {', '.join(names)}")
+    found: list[FeatureNetwork] = []
+    missing: dict[str, str] = {}
+    for name in names:
+        if name == "pixels":
+            found.append(PixelNetwork())
+        elif name == "inception":
+            try:
+                found.append(InceptionNetwork(inception, sha256, device))
+            except InputError as error:
+                if inception:
+                    raise
+                missing[name] = str(error)
+        else:
+            found.append(TransformersNetwork(name, device))
+    return found, missing
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions without TensorFloat-32, which moves features by a thousandth."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def _load_transformers(source: str, model: str, processor: str) -> tuple[Any, Any]:
+    import transformers
+
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise InputError(f"no directory {source}: wanted a model that transformers reads, or a Hub id")
+    try:
+        network: nn.Module = getattr(transformers, model).from_pretrained(Path(source).expanduser().as_posix())
+        return network.eval().requires_grad_(False), getattr(transformers, processor).from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"cannot load {source} as a {model} of transformers: {str(error).splitlines()[0]}") from None
