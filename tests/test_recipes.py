@@ -55,7 +55,7 @@ def test_the_published_recipes_have_the_published_sizes(tokens: int, size: int) 
     assert (tokenizer.model.num_tokens, tokenizer.model.latent_dim, tokenizer.model.image_size) == (tokens, 8, size)
     assert (tokenizer.model.num_patches, tokenizer.model.text, tokenizer.data.image_size) == (1024, "both", size)
     wider = 2 * (4096 - 2048) * 768 / 1e6 if size == 512 else 0.0  # the two projections of T5-XXL's features
-    assert parameters(TexTok, tokenizer.model) == pytest.approx(176 + wider, abs=0.5)
+    assert parameters(TexTok, tokenizer.model) == pytest.approx(176 + wider, abs=1.0)
     assert (generator.model.num_tokens, generator.model.in_channels, generator.data.image_size) == (tokens, 8, size)
     assert (generator.model.depth, generator.model.width, generator.model.heads) == (28, 1152, 16)
     assert parameters(DiT, generator.model) == pytest.approx(675, abs=0.5)
