@@ -367,11 +367,65 @@ class TokenizerTrainConfig:
 
 
 @dataclass
+class LowResolutionConfig:
+    """Super-resolution: the generator reads, beside the caption, the picture it is to make ``scale`` times smaller.
+
+    The small picture is cut into patches, and these join the DiT's sequence (``DiTConfig.image_token_dim``): raw pixels, so
+    that nothing of what it shows is lost before the generator sees it.
+    """
+
+    scale: int = 0  # 4: a picture of a quarter of the sides; 0: no super-resolution
+    patch_size: int = 4  # pixels of the small picture a token
+    strength: float = 1.0  # of the degradations, see data.degradation; 0 is bicubic resampling alone
+    seed: int = 0  # of the degradations; a picture's depend on this and its index
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "seed"):
+            _require_range(self, name, 0)
+        _require_positive(self, "patch_size")
+        _require_range(self, "strength", 0, 1)
+        if self.scale == 1:
+            raise InputError("low_resolution.scale must be 2 or more, or 0 for no super-resolution")
+
+    def size(self, image_size: int) -> int:
+        """The side of the small picture; InputError where it would not be whole, or not of whole patches."""
+        size = image_size // self.scale
+        if size * self.scale != image_size or size % self.patch_size:
+            raise InputError(
+                f"low_resolution: {image_size} px at scale {self.scale} and patch_size {self.patch_size} do not come out even; "
+                f"{image_size} must be a multiple of {self.scale * self.patch_size}"
+            )
+        return size
+
+
+@dataclass
+class AlignmentConfig:
+    """Representation alignment (REPA, arXiv 2410.06940): a block's tokens, through a projection, are to tell the features that
+    a frozen network finds in the clean picture. Defaults are REPA's."""
+
+    encoder: str = ""  # a transformers vision model, by directory or Hub id; empty: no alignment
+    block: int = 8  # after how many of the blocks
+    weight: float = 0.5
+    width: int = 2048  # of the projection's hidden layers
+    image_size: int = 0  # the side that pictures are resized to for the encoder; 0: its own
+
+    def __post_init__(self) -> None:
+        for name in ("block", "width"):
+            _require_positive(self, name)
+        for name in ("weight", "image_size"):
+            _require_range(self, name, 0)
+
+
+@dataclass
 class GeneratorTrainConfig:
     """``textok-fast train generator``: a DiT over the tokens of ``tokenizer`` (a directory or Hub id).
 
     ``prediction`` is what a Gaussian model's output means; a flow's is its velocity. ``model.time_scale`` follows
-    ``objective``: a flow's t in [0, 1] is multiplied by 1,000, a Gaussian step's number is taken as it is.
+    ``objective``: a flow's t in [0, 1] is multiplied by 1,000, a Gaussian step's number is taken as it is. The model's
+    ``image_token_dim`` and ``num_image_tokens`` follow ``low_resolution``.
+
+    ``weighting`` of the loss by time: "min-snr" (arXiv 2303.09556) of a Gaussian model's, "logit-normal" (SD3, arXiv
+    2403.03206) of a flow's at uniform times; ``times`` "logit-normal" draws a flow's times so instead.
     """
 
     tokenizer: str = "runs/textok/final"
@@ -385,6 +439,13 @@ class GeneratorTrainConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/generator"))
     objective: Literal["gaussian", "flow"] = "flow"
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    weighting: Literal["none", "min-snr", "logit-normal"] = "none"
+    min_snr_gamma: float = 5.0
+    logit_mean: float = 0.0  # of the normal that times or weights are the sigmoid of
+    logit_std: float = 1.0
+    low_resolution: LowResolutionConfig = field(default_factory=LowResolutionConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     # How many pictures' tokens are computed once and trained on; of more pictures data.seed draws them. 0: all pictures of
     # files, 8,192 generated scenes.
     cache_images: int = 0
@@ -394,7 +455,25 @@ class GeneratorTrainConfig:
         _require_range(self, "cache_images", 0)
         if self.objective == "flow" and self.prediction != "epsilon":
             raise InputError(f"prediction={self.prediction} is for objective=gaussian; a flow predicts its velocity")
+        for name in ("min_snr_gamma", "logit_std"):
+            _require_positive(self, name)
+        if self.weighting == "min-snr" and self.objective == "flow":
+            raise InputError(
+                "weighting=min-snr is for objective=gaussian; a flow has times=logit-normal or weighting=logit-normal"
+            )
+        if self.objective == "gaussian" and "logit-normal" in (self.times, self.weighting):
+            raise InputError("logit-normal times and weights are for objective=flow; Gaussian diffusion has weighting=min-snr")
+        if self.times == self.weighting == "logit-normal":
+            raise InputError("times=logit-normal and weighting=logit-normal are two ways to the same: choose one")
         self.model = dataclasses.replace(self.model, time_scale=1000.0 if self.objective == "flow" else 1.0)
+        if self.low_resolution.scale:
+            grid = self.low_resolution.size(self.data.image_size) // self.low_resolution.patch_size
+            sizes = {"image_token_dim": 3 * self.low_resolution.patch_size**2, "num_image_tokens": grid**2}
+            self.model = dataclasses.replace(self.model, **sizes)  # type: ignore[arg-type]
+        elif self.model.image_token_dim:
+            raise InputError("model.image_token_dim follows low_resolution: set low_resolution.scale, such as 4")
+        if self.alignment.encoder and self.alignment.block > self.model.depth:
+            raise InputError(f"alignment.block {self.alignment.block} is behind the model's {self.model.depth} blocks")
 
 
 # -- recipes and loading --------------------------------------------------------------------------------------------------
