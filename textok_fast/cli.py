@@ -196,7 +196,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a caption; repeat for several. With --label: what the decoder reads, one for each label")  # fmt: skip
     sample.add_argument("--prompts", type=Path, help="a file with one caption a line")
     sample.add_argument("--label", action="append", default=[], help="a class, by name or index; repeat for several")
-    sample.add_argument("--count", type=int, default=1, help="pictures for each prompt or label (default: %(default)s)")
+    sample.add_argument("--images", metavar="FOLDER",
+        help="small pictures for a generator of super-resolution, with captions or without; --prompt replaces these, one each",
+    )  # fmt: skip
+    sample.add_argument(
+        "--count", type=int, default=1, help="pictures for each prompt, label or small picture (default: %(default)s)"
+    )
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, default=50)
     sample.add_argument("--sampler", default="",
@@ -518,6 +523,7 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
             interval=tuple(args.guidance_interval) if args.guidance_interval else None,
             guided_channels=args.guided_channels,
             plan=plan,
+            images=args.images,
             progress=advance,
         )
     print(
