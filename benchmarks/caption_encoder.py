@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=512, help="held-out pictures a split")
     parser.add_argument("--encoder", nargs="+", default=["minilm", "trained words"], choices=["minilm", "trained words"])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `train tokenizer --preset demo`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `train tokenizer --recipe demo`")
     args = parser.parse_args()
     config = load_config(TokenizerTrainConfig, "demo", overrides=args.overrides)
     rows = [train(kind, config, args.count) for kind in args.encoder]

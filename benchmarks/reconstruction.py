@@ -1,7 +1,7 @@
 """Reconstruction by trained tokenizers on scenes that training never saw: own, shuffled and no captions.
 
 ``python benchmarks/reconstruction.py runs/a/final runs/b/final --out FILE.json data.objects=1600 data.held_out_objects=200``
-The settings are those of ``textok-fast train tokenizer --preset demo``; give the ones the tokenizers were trained with.
+The settings are those of ``textok-fast train tokenizer --recipe demo``; give the ones the tokenizers were trained with.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from textok_fast.export import tensorrt
 from textok_fast.export.directory import Manifest
 from textok_fast.inference.generator import GeneratorEngine
 from textok_fast.inference.packages import BOTTLENECK, PackagedGenerator, _both, load_package
-from textok_fast.inference.pipelines import ClassToImagePipeline, TextToImagePipeline, build_pipeline
+from textok_fast.inference.pipelines import AnyPipeline, build_pipeline
 from textok_fast.inference.plan import Plan
 from textok_fast.inference.tokenizer import TokenizerEngine, shorten
 from textok_fast.modeling.bottlenecks import build_bottleneck
@@ -28,7 +28,7 @@ from textok_fast.ops.device import resolve_device
 TEXT_FOLDER = "text_tokenizer"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
-Loaded = TextToImagePipeline | ClassToImagePipeline | GeneratorEngine | TokenizerEngine
+Loaded = AnyPipeline | GeneratorEngine | TokenizerEngine
 
 
 class Program(Protocol):

@@ -90,7 +90,7 @@ ALL = [path for path, _ in commands(build_parser())]
 
 
 def test_all_commands_are_there() -> None:
-    names = {"demo", "data", "train", "encode", "decode", "sample", "convert", "evaluate", "export", "bench", "info"}
+    names = {"demo", "data", "train", "recipes", "encode", "decode", "sample", "convert", "evaluate", "export", "bench", "info"}
     assert {path[0] for path in ALL if path} == names
     assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch")} <= set(ALL)
     assert {path[1] for path in ALL if len(path) > 1 and path[0] == "bench"} == {
@@ -242,7 +242,7 @@ def test_settings_that_cannot_be(run: Callable[..., Result], tmp_path: Path) -> 
     assert_one_line(run("train", "tokenizer", out, "model.image_size=66", "data.image_size=66"), "66", "patch_size")
     assert_one_line(run("train", "tokenizer", out, "optim.learning_rate=1"), "optim.learning_rate")
     assert_one_line(run("train", "generator", out, "modl.size=S"), "modl")
-    assert_one_line(run("train", "tokenizer", out, "--preset", "none"), "none", "demo")
+    assert_one_line(run("train", "tokenizer", out, "--recipe", "none"), "none", "demo")
     assert_one_line(run("train", "tokenizer", out, "run.batch_size=0"), "batch_size")
     assert_one_line(run("data", "preview", "source=shapes", "colour=1"), "colour")
     assert_one_line(run("data", "preview", "source=shapes", "--split", "x", "--out", tmp_path / "s.png"), "'x'")

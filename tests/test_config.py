@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textok_fast.config import (
     GENERATOR_SIZES,
-    PRESETS,
     TOKENIZER_SIZES,
     DataConfig,
     DiTConfig,
@@ -90,25 +88,16 @@ def test_fsq_levels_follow_the_latent_width() -> None:
 # -- precedence -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_wins_over_the_preset_and_an_override_over_both(tmp_path: Path) -> None:
-    preset = load_config(TokenizerTrainConfig, "demo")
+def test_a_file_wins_over_the_recipe_and_an_override_over_both(tmp_path: Path) -> None:
+    recipe = load_config(TokenizerTrainConfig, "demo")
     file = tmp_path / "run.yaml"
     file.write_text("optim: {lr: 0.5, warmup_steps: 7}\nmodel: {num_tokens: 9}\n")
     loaded = load_config(TokenizerTrainConfig, "demo", file, ["optim.lr=0.25"])
     assert (loaded.optim.lr, loaded.optim.warmup_steps, loaded.model.num_tokens) == (0.25, 7, 9)
-    # What neither names is the preset's.
-    assert loaded.optim.ema_decay == preset.optim.ema_decay
-    assert loaded.model.image_size == preset.model.image_size
-    assert loaded.data == preset.data
-
-
-@pytest.mark.parametrize("config_class", [TokenizerTrainConfig, GeneratorTrainConfig])
-def test_every_preset_is_a_valid_configuration_and_survives_yaml(config_class: Any) -> None:
-    assert PRESETS[config_class]
-    for name in PRESETS[config_class]:
-        config = load_config(config_class, name)
-        assert config != config_class()
-        assert from_mapping(config_class, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    # What neither names is the recipe's.
+    assert loaded.optim.ema_decay == recipe.optim.ema_decay
+    assert loaded.model.image_size == recipe.model.image_size
+    assert loaded.data == recipe.data
 
 
 def test_a_nested_size_takes_its_row_of_the_table() -> None:
@@ -119,12 +108,12 @@ def test_a_nested_size_takes_its_row_of_the_table() -> None:
     assert (generator.model.width, generator.model.depth) == (GENERATOR_SIZES["B"]["width"], GENERATOR_SIZES["B"]["depth"])
 
 
-def test_a_size_given_on_the_command_line_replaces_the_presets_size() -> None:
+def test_a_size_given_on_the_command_line_replaces_the_recipes_size() -> None:
     config = load_config(TokenizerTrainConfig, "demo", overrides=["model.size=base"])
     assert (config.model.width, config.model.encoder_depth, config.model.heads) == (768, 12, 12)
     for overrides in (["model.size=base", "model.encoder_depth=3"], ["model.encoder_depth=3", "model.size=base"]):
         assert load_config(TokenizerTrainConfig, "demo", overrides=overrides).model.encoder_depth == 3
-    assert config.model.patch_size == load_config(TokenizerTrainConfig, "demo").model.patch_size  # the preset names it
+    assert config.model.patch_size == load_config(TokenizerTrainConfig, "demo").model.patch_size  # the recipe names it
 
 
 def test_strings_on_the_command_line_become_the_fields_types() -> None:
@@ -241,13 +230,13 @@ def test_files_that_hold_no_settings_are_refused(tmp_path: Path, contents: str, 
         load_config(TokenizerTrainConfig, file=file)
 
 
-def test_a_missing_file_an_undecodable_one_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_an_undecodable_one_and_an_unknown_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml"):
         load_config(TokenizerTrainConfig, file=tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"latin\.yaml"):
         load_config(TokenizerTrainConfig, file=tmp_path / "latin.yaml")
-    with pytest.raises(InputError, match="unknown preset 'x'; known: demo"):
+    with pytest.raises(InputError, match="unknown recipe 'x'; known: .*demo"):
         load_config(TokenizerTrainConfig, "x")
 
 

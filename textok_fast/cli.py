@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING, Any
 from textok_fast import __version__
 from textok_fast.config import (
     GENERATOR_SIZES,
-    PRESETS,
     DataConfig,
     GeneratorTrainConfig,
     TokenizerTrainConfig,
     load_config,
+    recipe_about,
+    recipe_names,
+    recipe_path,
+    recipe_sections,
 )
 from textok_fast.errors import InputError
 
@@ -96,7 +99,7 @@ def _load_libraries(args: argparse.Namespace) -> None:
     """What the commands need anyway, and then the usual Ctrl-C (see :mod:`textok_fast.__main__`)."""
     import numpy  # noqa: F401
 
-    if args.handler not in (run_data_fetch, run_data_preview, run_data_make):
+    if args.handler not in (run_data_fetch, run_data_preview, run_data_make, run_recipes):
         import torch  # noqa: F401
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -127,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--source", choices=("emoji", "stamps", "shapes"), default="emoji", help="the pictures (default: %(default)s)"
     )
-    demo.add_argument("--steps", type=int, default=None, help="training steps of the tokenizers (default: the preset's)")
+    demo.add_argument("--steps", type=int, default=None, help="training steps of the tokenizers (default: the recipe's)")
     demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs (about two minutes)")
 
     kinds = _group(commands, "data", "fetch and look at captioned pictures",
@@ -148,13 +151,17 @@ def build_parser() -> argparse.ArgumentParser:
     _data_options(make)
 
     kinds = _group(commands, "train", "train a tokenizer or a generator; resumable",
-        "textok-fast train tokenizer --preset demo run.output_dir=runs/tok")  # fmt: skip
+        "textok-fast train tokenizer --recipe demo run.output_dir=runs/tok")  # fmt: skip
     tokenizer = _command(kinds, "tokenizer", run_train_tokenizer, "train a TexTok tokenizer",
-        "textok-fast train tokenizer --preset demo run.output_dir=runs/tok model.num_tokens=8")  # fmt: skip
+        "textok-fast train tokenizer --recipe demo run.output_dir=runs/tok model.num_tokens=8")  # fmt: skip
     _config_options(tokenizer, TokenizerTrainConfig)
     generator = _command(kinds, "generator", run_train_generator, "train a DiT over a tokenizer's tokens",
-        "textok-fast train generator --preset demo tokenizer=runs/tok/final run.output_dir=runs/dit")  # fmt: skip
+        "textok-fast train generator --recipe demo tokenizer=runs/tok/final run.output_dir=runs/dit")  # fmt: skip
     _config_options(generator, GeneratorTrainConfig)
+
+    recipes = _command(commands, "recipes", run_recipes, "list the recipes of `train`, or print one with its comments",
+        "textok-fast recipes textok-32-256")  # fmt: skip
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one, to copy and change")
 
     encode = _command(commands, "encode", run_encode, "write the tokens of a folder of captioned pictures; resumable",
         "textok-fast encode --model runs/tok/final --images photos --out tokens")  # fmt: skip
@@ -189,7 +196,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a caption; repeat for several. With --label: what the decoder reads, one for each label")  # fmt: skip
     sample.add_argument("--prompts", type=Path, help="a file with one caption a line")
     sample.add_argument("--label", action="append", default=[], help="a class, by name or index; repeat for several")
-    sample.add_argument("--count", type=int, default=1, help="pictures for each prompt or label (default: %(default)s)")
+    sample.add_argument("--images", metavar="FOLDER",
+        help="small pictures for a generator of super-resolution, with captions or without; --prompt replaces these, one each",
+    )  # fmt: skip
+    sample.add_argument(
+        "--count", type=int, default=1, help="pictures for each prompt, label or small picture (default: %(default)s)"
+    )
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--steps", type=int, default=50)
     sample.add_argument("--sampler", default="",
@@ -415,9 +427,9 @@ def _command(group: Any, name: str, handler: Handler, help_text: str, example: s
 
 
 def _config_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    names = ", ".join(sorted(PRESETS[cls])) or "none"
-    parser.add_argument("--preset", help=f"start from named settings: {names}")
-    parser.add_argument("--config", type=Path, help="YAML file with settings, laid over the preset")
+    parser.add_argument("--recipe", "--preset", dest="recipe",
+        help=f"start from a recipe, by name or as a .yaml file: {', '.join(recipe_names(cls))}")  # fmt: skip
+    parser.add_argument("--config", type=Path, help="YAML file with settings, laid over the recipe")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.output_dir if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="single settings: optim.lr=3e-4 model.size=tiny")
 
@@ -495,7 +507,7 @@ def run_data_make(args: argparse.Namespace) -> dict[str, Any]:
 def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.training import train_tokenizer
 
-    config = load_config(TokenizerTrainConfig, args.preset, args.config, args.overrides)
+    config = load_config(TokenizerTrainConfig, args.recipe, args.config, args.overrides)
     result = train_tokenizer(config, resume=args.resume, progress=not args.json)
     return _trained(result, f"wrote {result.final} (the tokenizer), {result.run / 'log.jsonl'} and {result.run / 'samples'}")
 
@@ -503,7 +515,7 @@ def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any] | None:
 def run_train_generator(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.training import train_generator
 
-    config = load_config(GeneratorTrainConfig, args.preset, args.config, args.overrides)
+    config = load_config(GeneratorTrainConfig, args.recipe, args.config, args.overrides)
     with _progress("tokens", args.json) as advance:
         result = train_generator(config, resume=args.resume, progress=not args.json, on_cache=advance)
     return _trained(result, f"wrote {result.final} (generator and tokenizer) and {result.run / 'log.jsonl'}")
@@ -517,6 +529,17 @@ def _trained(result: TrainResult, text: str) -> dict[str, Any] | None:
         return None
     print(text)
     return {"run": str(result.run), "final": str(result.final), "last": result.history[-1] if result.history else None}
+
+
+def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
+    if args.name is not None:
+        text = recipe_path(args.name).read_text(encoding="utf-8")
+        print(text, end="")
+        return {"name": args.name, "text": text}
+    listed = [{"name": name, "for": recipe_sections(name), "about": recipe_about(name)} for name in recipe_names()]
+    for recipe in listed:
+        print(f"{recipe['name']:<22} {', '.join(recipe['for']):<22} {recipe['about']}")
+    return {"recipes": listed}
 
 
 def run_encode(args: argparse.Namespace) -> dict[str, Any]:
@@ -563,6 +586,7 @@ def run_sample(args: argparse.Namespace) -> dict[str, Any]:
             interval=tuple(args.guidance_interval) if args.guidance_interval else None,
             guided_channels=args.guided_channels,
             plan=plan,
+            images=args.images,
             progress=advance,
         )
     print(

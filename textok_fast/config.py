@@ -1,7 +1,7 @@
 """Every model and every run as a plain dataclass, and the one table of named sizes.
 
-A configuration is built from a named preset, then a YAML file, then ``key.sub=value`` overrides, each on top of the one
-before (:func:`load_config`). Unknown keys and values of the wrong type are errors that name the key.
+A configuration is built from a recipe, then a YAML file, then ``key.sub=value`` overrides, each on top of the one before
+(:func:`load_config`). Unknown keys and values of the wrong type are errors that name the key.
 """
 
 from __future__ import annotations
@@ -460,11 +460,65 @@ class TokenizerTrainConfig:
 
 
 @dataclass
+class LowResolutionConfig:
+    """Super-resolution: the generator reads, beside the caption, the picture it is to make ``scale`` times smaller.
+
+    The small picture is cut into patches, and these join the DiT's sequence (``DiTConfig.image_token_dim``): raw pixels, so
+    that nothing of what it shows is lost before the generator sees it.
+    """
+
+    scale: int = 0  # 4: a picture of a quarter of the sides; 0: no super-resolution
+    patch_size: int = 4  # pixels of the small picture a token
+    strength: float = 1.0  # of the degradations, see data.degradation; 0 is bicubic resampling alone
+    seed: int = 0  # of the degradations; a picture's depend on this and its index
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "seed"):
+            _require_range(self, name, 0)
+        _require_positive(self, "patch_size")
+        _require_range(self, "strength", 0, 1)
+        if self.scale == 1:
+            raise InputError("low_resolution.scale must be 2 or more, or 0 for no super-resolution")
+
+    def size(self, image_size: int) -> int:
+        """The side of the small picture; InputError where it would not be whole, or not of whole patches."""
+        size = image_size // self.scale
+        if size * self.scale != image_size or size % self.patch_size:
+            raise InputError(
+                f"low_resolution: {image_size} px at scale {self.scale} and patch_size {self.patch_size} do not come out even; "
+                f"{image_size} must be a multiple of {self.scale * self.patch_size}"
+            )
+        return size
+
+
+@dataclass
+class AlignmentConfig:
+    """Representation alignment (REPA, arXiv 2410.06940): a block's tokens, through a projection, are to tell the features that
+    a frozen network finds in the clean picture. Defaults are REPA's."""
+
+    encoder: str = ""  # a transformers vision model, by directory or Hub id; empty: no alignment
+    block: int = 8  # after how many of the blocks
+    weight: float = 0.5
+    width: int = 2048  # of the projection's hidden layers
+    image_size: int = 0  # the side that pictures are resized to for the encoder; 0: its own
+
+    def __post_init__(self) -> None:
+        for name in ("block", "width"):
+            _require_positive(self, name)
+        for name in ("weight", "image_size"):
+            _require_range(self, name, 0)
+
+
+@dataclass
 class GeneratorTrainConfig:
     """``textok-fast train generator``: a DiT over the tokens of ``tokenizer`` (a directory or Hub id).
 
     ``prediction`` is what a Gaussian model's output means; a flow's is its velocity. ``model.time_scale`` follows
-    ``objective``: a flow's t in [0, 1] is multiplied by 1,000, a Gaussian step's number is taken as it is.
+    ``objective``: a flow's t in [0, 1] is multiplied by 1,000, a Gaussian step's number is taken as it is. The model's
+    ``image_token_dim`` and ``num_image_tokens`` follow ``low_resolution``.
+
+    ``weighting`` of the loss by time: "min-snr" (arXiv 2303.09556) of a Gaussian model's, "logit-normal" (SD3, arXiv
+    2403.03206) of a flow's at uniform times; ``times`` "logit-normal" draws a flow's times so instead.
     """
 
     tokenizer: str = "runs/textok/final"
@@ -478,6 +532,13 @@ class GeneratorTrainConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output_dir="runs/generator"))
     objective: Literal["gaussian", "flow"] = "flow"
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    weighting: Literal["none", "min-snr", "logit-normal"] = "none"
+    min_snr_gamma: float = 5.0
+    logit_mean: float = 0.0  # of the normal that times or weights are the sigmoid of
+    logit_std: float = 1.0
+    low_resolution: LowResolutionConfig = field(default_factory=LowResolutionConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     # How many pictures' tokens are computed once and trained on; of more pictures data.seed draws them. 0: all pictures of
     # files, 8,192 generated scenes.
     cache_images: int = 0
@@ -487,86 +548,108 @@ class GeneratorTrainConfig:
         _require_range(self, "cache_images", 0)
         if self.objective == "flow" and self.prediction != "epsilon":
             raise InputError(f"prediction={self.prediction} is for objective=gaussian; a flow predicts its velocity")
+        for name in ("min_snr_gamma", "logit_std"):
+            _require_positive(self, name)
+        if self.weighting == "min-snr" and self.objective == "flow":
+            raise InputError(
+                "weighting=min-snr is for objective=gaussian; a flow has times=logit-normal or weighting=logit-normal"
+            )
+        if self.objective == "gaussian" and "logit-normal" in (self.times, self.weighting):
+            raise InputError("logit-normal times and weights are for objective=flow; Gaussian diffusion has weighting=min-snr")
+        if self.times == self.weighting == "logit-normal":
+            raise InputError("times=logit-normal and weighting=logit-normal are two ways to the same: choose one")
         self.model = dataclasses.replace(self.model, time_scale=1000.0 if self.objective == "flow" else 1.0)
+        if self.low_resolution.scale:
+            grid = self.low_resolution.size(self.data.image_size) // self.low_resolution.patch_size
+            sizes = {"image_token_dim": 3 * self.low_resolution.patch_size**2, "num_image_tokens": grid**2}
+            self.model = dataclasses.replace(self.model, **sizes)  # type: ignore[arg-type]
+        elif self.model.image_token_dim:
+            raise InputError("model.image_token_dim follows low_resolution: set low_resolution.scale, such as 4")
+        if self.alignment.encoder and self.alignment.block > self.model.depth:
+            raise InputError(f"alignment.block {self.alignment.block} is behind the model's {self.model.depth} blocks")
 
 
-# -- named presets and loading ------------------------------------------------------------------------------------------
+# -- recipes and loading --------------------------------------------------------------------------------------------------
 
-_DEMO_DATA: dict[str, Any] = {"source": "emoji", "image_size": 64, "objects": 128, "held_out_objects": 64, "jitter": 0.25}
-_DEMO_GENERATOR: dict[str, Any] = {
-    "data": _DEMO_DATA,
-    "optim": {"lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.998},
-    "run": {"steps": 1000, "batch_size": 64, "log_every": 25, "checkpoint_every": 500},
-    "cache_images": 8192,
-}
-
-# Settings by name. "demo" is what `textok-fast demo` trains on two CPU cores; "demo-class" the class-conditional form of its
-# generator, on Gaussian diffusion as published.
-PRESETS: dict[type, dict[str, dict[str, Any]]] = {
-    TokenizerTrainConfig: {
-        "demo": {
-            "model": {
-                "size": "tiny",
-                "image_size": 64,
-                "patch_size": 16,
-                "num_tokens": 4,
-                "latent_dim": 8,
-                "encoder_depth": 2,
-                "text_split": "; ",
-                "max_text_tokens": 64,
-            },
-            "data": _DEMO_DATA,
-            "optim": {"name": "muon", "lr": 2e-3, "warmup_steps": 50, "ema_decay": 0.995},
-            "run": {"steps": 700, "batch_size": 32, "log_every": 10, "checkpoint_every": 250, "sample_every": 250},
-        }
-    },
-    GeneratorTrainConfig: {
-        "demo": {
-            **_DEMO_GENERATOR,
-            "objective": "flow",
-            "model": {
-                "size": "tiny",
-                "width": 192,
-                "heads": 3,
-                "num_tokens": 4,
-                "in_channels": 8,
-                "num_classes": 0,
-                "text_dim": 384,
-                "learn_sigma": False,
-                "time_scale": 1000.0,
-            },
-        },
-        "demo-class": {
-            **_DEMO_GENERATOR,
-            "objective": "gaussian",
-            "model": {"size": "tiny", "num_tokens": 4, "in_channels": 8, "num_classes": 128},
-        },
-    },
-}
+# Settings by name: textok_fast/recipes/NAME.yaml, see that package. A recipe has a section for each kind of run that it is for.
+RECIPES = Path(__file__).parent / "recipes"
+SECTIONS: dict[type, str] = {TokenizerTrainConfig: "tokenizer", GeneratorTrainConfig: "generator"}
 
 _SIZED = frozenset({"width", "depth", "heads", "encoder_depth", "decoder_depth"})  # the fields of the tables of sizes
 
 C = TypeVar("C")
 
 
-def load_config(cls: type[C], preset: str | None = None, file: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
-    """Builds ``cls`` from a preset, a YAML file and ``key.sub=value`` strings, later ones winning.
+def load_config(cls: type[C], recipe: str | None = None, file: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
+    """Builds ``cls`` from a recipe (:func:`read_recipe`), a YAML file and ``key.sub=value`` strings, later ones winning.
 
     A nested ``size`` key (``model.size=base``) takes its row from the table of sizes. Raises :class:`InputError` for an
-    unknown preset, a missing or malformed file, an unknown key or a value of the wrong type.
+    unknown recipe, a missing or malformed file, an unknown key or a value of the wrong type.
     """
-    values: dict[str, Any] = {}
-    if preset is not None:
-        known = PRESETS.get(cls, {})
-        if preset not in known:
-            raise InputError(f"unknown preset {preset!r}; known: {', '.join(sorted(known)) or 'none'}")
-        values = _merge(values, known[preset])
+    values: dict[str, Any] = {} if recipe is None else read_recipe(cls, recipe)
     if file is not None:
         values = _lay_over(values, read_yaml(file))
     given: dict[str, Any] = {}
     for item in overrides:
         given = _merge(given, _parse_override(item))
     return from_mapping(cls, _lay_over(values, given))
+
+
+def recipe_names(cls: type | None = None) -> list[str]:
+    """The recipes that come with the library; those with a section for ``cls``, if given."""
+    wanted = "|".join(SECTIONS.values()) if cls is None else SECTIONS[cls]
+    has_section = re.compile(rf"^({wanted}):", re.MULTILINE)  # reading them all as YAML would slow --help down
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if has_section.search(path.read_text(encoding="utf-8")))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe, which is a name or the path of a .yaml file; InputError for neither."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"unknown recipe {name!r}; known: {', '.join(recipe_names())}, or the path of a .yaml file")
+    return path
+
+
+def read_recipe(cls: type, name: str) -> dict[str, Any]:
+    """The settings for ``cls`` that a recipe names, those of the recipe it ``extends`` beneath.
+
+    Raises: InputError for an unknown recipe, one that is not for ``cls``, and one that is malformed.
+    """
+    found = _read_recipe(name, ())
+    section = SECTIONS[cls]
+    if section not in found["own"]:
+        raise InputError(f"the recipe {name!r} is not for a {section}; known: {', '.join(recipe_names(cls))}")
+    return dict(found[section])
+
+
+def recipe_about(name: str) -> str:
+    """What a recipe says of itself in a line."""
+    return str(_read_recipe(name, ())["about"])
+
+
+def recipe_sections(name: str) -> list[str]:
+    """The kinds of run that a recipe is for."""
+    return list(_read_recipe(name, ())["own"])
+
+
+def _read_recipe(name: str, extending: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe's sections, with what it extends, and which are its ``own``: only these it is for."""
+    path = recipe_path(name)
+    if name in extending:
+        raise InputError(f"recipes extend each other: {' -> '.join((*extending, name))}")
+    values = read_yaml(path)
+    sections = set(SECTIONS.values())
+    if unknown := sorted(set(values) - sections - {"about", "extends"}):
+        raise InputError(
+            f"{path} has {', '.join(map(str, unknown))}; a recipe has about, extends, {', '.join(sorted(sections))}"
+        )
+    own = {section: {} if values[section] is None else values[section] for section in sections & set(values)}
+    for section, settings in own.items():
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: {section} must hold a mapping of settings, found {type(settings).__name__}")
+    base = _read_recipe(str(values["extends"]), (*extending, name)) if "extends" in values else {}
+    layered = {section: _lay_over(base.get(section, {}), settings) for section, settings in own.items()}
+    return {**base, **layered, "about": values.get("about", ""), "own": sorted(own)}
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

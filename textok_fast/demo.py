@@ -35,7 +35,7 @@ NEEDED = ("accelerate", "torchmetrics", "onnx", "onnxscript", "onnxruntime")  # 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much of everything. None keeps the preset's number."""
+    """How much of everything. None keeps the recipe's number."""
 
     steps: int | None = None  # of each tokenizer
     evaluated: int = 320  # pictures of each split
@@ -188,7 +188,7 @@ class _Demo:
         return [*self.overrides, f"model.text={text}", f"run.output_dir={_quoted(directory)}"]
 
     def _start(self, name: str, text: str, log: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "textok_fast", "train", "tokenizer", "--preset", "demo", "--resume"]
+        command = [sys.executable, "-m", "textok_fast", "train", "tokenizer", "--recipe", "demo", "--resume"]
         command += self._job_overrides(self.out / name, text)
         with log.open("ab") as file:
             return subprocess.Popen(

@@ -56,12 +56,8 @@ def write_token_shards(
     the k-th on only, the others being other processes'. ``progress`` is called with (pictures done, pictures in all).
     """
     total = len(dataset) if count is None else min(count, len(dataset))
-    pictures: Examples = dataset
-    if seed is None or total == len(dataset):
-        seed = None
-    else:
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:total]
-        pictures = Subset(dataset, drawn.sort().values.tolist())  # type: ignore[arg-type]
+    seed = None if total == len(dataset) else seed
+    pictures = drawn_pictures(dataset, total, seed)
     content = {"content": dataset.content_hash(), "count": total, "drawn_by_seed": seed}
     directory.mkdir(parents=True, exist_ok=True)
     claim_index(directory, {**identity, **content, "shard_size": shard_size})
@@ -77,6 +73,14 @@ def write_token_shards(
         if progress is not None:
             progress(last, total)
     return reused
+
+
+def drawn_pictures(dataset: CaptionedImages, count: int, seed: int | None) -> Examples:
+    """The ``count`` pictures of ``dataset`` that :func:`write_token_shards` encodes, in its order."""
+    if seed is None or count >= len(dataset):
+        return dataset
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
+    return Subset(dataset, drawn.sort().values.tolist())  # type: ignore[arg-type]
 
 
 def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -36,9 +37,25 @@ class FlowMatching:
         if self.times == "uniform":
             t = torch.rand(batch, generator=generator, device=source)  # (B,)
         else:
-            normal = torch.randn(batch, generator=generator, device=source)  # (B,)
-            t = torch.sigmoid(normal * self.logit_std + self.logit_mean)  # (B,)
+            t = self.logit_normal(torch.randn(batch, generator=generator, device=source))  # (B,)
         return t.to(device)
+
+    def logit_normal(self, normal: Tensor) -> Tensor:
+        """Standard normal numbers (B,) -> logit-normal times in [0, 1]: sigmoid(mean + std normal) (SD3, section 3.1)."""
+        return torch.sigmoid(normal * self.logit_std + self.logit_mean)  # (B,)
+
+    def logit_normal_density(self, t: Tensor) -> Tensor:
+        """The density of :meth:`logit_normal` at ``t`` (B,) in [0, 1] -> (B,) (SD3, arXiv 2403.03206, section 3.1), 0 at the
+        ends.
+
+        As a weight of the loss at uniform times it has the expectation that unweighted logit-normal times have.
+        """
+        t = t.to(work_dtype(t.dtype))
+        inside = (t > 0) & (t < 1)
+        safe = torch.where(inside, t, 0.5)
+        z = (torch.logit(safe) - self.logit_mean) / self.logit_std
+        density = torch.exp(-z.square() / 2) / (self.logit_std * math.sqrt(2 * math.pi) * safe * (1 - safe))
+        return torch.where(inside, density, 0.0)  # (B,)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, of x0's shape (B, ...), in float32 (float64 for float64). t is (B,) in [0, 1]."""
@@ -62,8 +79,10 @@ class FlowMatching:
         t: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``loss`` (B,): the mean squared error of the velocity for each sample.
+        """``loss`` (B,): the mean squared error of the velocity for each sample, times ``weight`` (B,) if given; then the
+        error itself is ``mse``.
 
         ``t`` (B,) and ``noise`` (B, ...) are drawn from ``generator`` unless given. The model gets x_t in x0's dtype.
         """
@@ -75,7 +94,8 @@ class FlowMatching:
         output = model(x_t.to(x0.dtype), t)  # (B, ...)
         require_same_shape("the model's output", output, x0)
         target = self.velocity(x0.to(x_t.dtype), noise.to(x_t.dtype))  # (B, ...)
-        return {"loss": per_sample_mean((output.to(x_t.dtype) - target) ** 2)}  # (B,)
+        mse = per_sample_mean((output.to(x_t.dtype) - target) ** 2)  # (B,)
+        return {"loss": mse} if weight is None else {"loss": weight.to(mse) * mse, "mse": mse}
 
 
 def _broadcast(t: Tensor, x: Tensor) -> Tensor:

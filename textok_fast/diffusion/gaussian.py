@@ -167,8 +167,9 @@ class GaussianDiffusion:
         t: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``loss`` = ``mse`` + ``vb``, each (B,).
+        """``loss`` = ``mse`` + ``vb``, each (B,); ``weight`` (B,), such as :meth:`min_snr_weight`, multiplies ``mse`` there.
 
         ``mse`` is the error of the model's sample channels. ``vb`` (with ``learn_sigma``, else 0) is the variational bound
         of this step in bits per dimension, through which only the variance learns: the mean is held fixed (Nichol &
@@ -189,7 +190,21 @@ class GaussianDiffusion:
         else:
             frozen = torch.cat((prediction.detach(), interpolation), channel_dim(x0))  # (B, ...), twice the channels
             vb = self.variational_bound(frozen, x0, x_t, t)  # (B,)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        weighted = mse if weight is None else weight.to(mse) * mse  # (B,)
+        return {"loss": weighted + vb, "mse": mse, "vb": vb}
+
+    def min_snr_weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
+        """Min-SNR-gamma's weight of the squared error at ``t`` (B,) -> (B,) float64 (Hang et al. 2023, arXiv 2303.09556).
+
+        With SNR = a_t / (1 - a_t) it is min(SNR, gamma) for a model of the data. The same weight of the data's error is, for a
+        model of the noise, min(SNR, gamma) / SNR; for one of v, min(SNR, gamma) / (SNR + 1).
+        """
+        if gamma <= 0:
+            raise InputError(f"min_snr_gamma must be above 0, got {gamma}")
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)  # (num_steps,)
+        per_data_error = {"x0": 1.0, "epsilon": snr, "v": snr + 1}[self.prediction]
+        table = torch.from_numpy(np.minimum(snr, gamma) / per_data_error)
+        return table.to(t.device)[t]
 
     def variational_bound(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """One term of the variational bound in bits per dimension, (B,): KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at

@@ -10,6 +10,7 @@ from textok_fast.inference.pipelines import (
     GenerationOutput,
     GenerationPipeline,
     SamplingOptions,
+    SuperResolutionPipeline,
     TextToImagePipeline,
     load_pipeline,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "SamplingOptions",
     "SamplingRun",
     "StepCache",
+    "SuperResolutionPipeline",
     "TextToImagePipeline",
     "TokenizerEngine",
     "decode_stream",

@@ -37,7 +37,13 @@ from textok_fast.data.token_cache import (
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_atomically, write_text
 from textok_fast.inference.engine import Engine
-from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
+from textok_fast.inference.pipelines import (
+    AnyPipeline,
+    ClassToImagePipeline,
+    SamplingOptions,
+    SuperResolutionPipeline,
+    load_pipeline,
+)
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer, token_shape
 from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
@@ -181,10 +187,14 @@ def sample_to_folder(
     guided_channels: int | None = None,
     plan: Plan | None = None,
     batch_size: int = 32,
+    images: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Generates ``count`` pictures for each prompt or label: ``out``/00000.png, ..., tokens.safetensors, samples.json and
-    plan.json.
+    """Generates ``count`` pictures for each prompt, label or small picture: ``out``/00000.png, ..., tokens.safetensors,
+    samples.json and plan.json.
+
+    A generator of super-resolution takes ``images``, a folder or shards of small pictures, brought to the size it reads, with
+    captions or without; ``prompts``, one a picture, stand in for these.
 
     A generator by class takes ``labels`` (a class's name before its index), and ``prompts`` only as the captions that the
     decoder reads, one a label. After each batch everything is on the disk: the same call again goes on behind the last picture
@@ -194,20 +204,23 @@ def sample_to_folder(
     _require_at_least_one(count=count, steps=steps, batch_size=batch_size)
     plan = Plan() if plan is None else plan
     pipeline = load_pipeline(model, plan.device, plan)
+    small = _small_pictures(pipeline, images, model)
     by_class = isinstance(pipeline, ClassToImagePipeline)
     if by_class and not labels:
         raise InputError(f"{model} generates by class: give --label" + (", not --prompt" if prompts else ""))
     if not by_class and labels:
-        raise InputError(f"{model} generates from captions: give --prompt, not --label")
-    if not by_class and not prompts:
+        raise InputError(f"{model} generates from captions: give {'--prompt' if small is None else '--images'}, not --label")
+    if not by_class and small is None and not prompts:
         raise InputError("give at least one --prompt")
-    if by_class and prompts and len(prompts) != len(labels):
+    named = labels if small is None else [small[row].key for row in range(len(small))]
+    if (by_class or small is not None) and prompts and len(prompts) != len(named):
+        whose = "by class and decodes with the prompts" if by_class else "from pictures and their captions"
         raise InputError(
-            f"{model} generates by class and decodes with the prompts: give one --prompt for each --label, or none; "
-            f"got {len(prompts)} for {len(labels)}"
+            f"{model} generates {whose}: give one --prompt for each {'--label' if by_class else 'picture'}, or none; "
+            f"got {len(prompts)} for {len(named)}"
         )
-    wanted = [item for item in (labels if by_class else prompts) for _ in range(count)]
-    captions = [prompt for prompt in prompts for _ in range(count)] if by_class and prompts else None
+    wanted = [item for item in (named if by_class or small is not None else prompts) for _ in range(count)]
+    captions = [prompt for prompt in prompts for _ in range(count)] if (by_class or small is not None) and prompts else None
     settings = {
         "generator": fingerprint(pipeline.generator),
         "tokenizer": fingerprint(pipeline.tokenizer),
@@ -221,6 +234,7 @@ def sample_to_folder(
         "step_cache": None if plan.step_cache is None else dataclasses.asdict(plan.step_cache),
         "for": wanted,
         "captions": captions,
+        **({} if small is None else {"pictures": small.content_hash()}),
     }
     listed, tokens = _finished_samples(out, settings)
     before = len(listed)
@@ -235,11 +249,16 @@ def sample_to_folder(
         rows = range(start, min(start + batch_size, len(wanted)))
         done = number * steps
         extra: dict[str, Any] = {} if captions is None else {"captions": [captions[row] for row in rows]}
-        made = pipeline(
-            [wanted[row] for row in rows],
+        given: Any = [wanted[row] for row in rows]
+        if small is not None:
+            examples = [small[row // count] for row in rows]
+            given = torch.stack([torch.from_numpy(example.image) for example in examples])  # (b, s, s, 3)
+            extra.setdefault("captions", [example.caption for example in examples])
+        made = cast(Any, pipeline)(
+            given,
             seed=[seed + row for row in rows],
             options=options,
-            progress=None if progress is None else lambda step, of, done=done: progress(done + step * steps // of, total),  # type: ignore[misc]
+            progress=None if progress is None else lambda step, of, done=done: progress(done + step * steps // of, total),
             **extra,
         )
         if not listed:
@@ -261,6 +280,18 @@ def sample_to_folder(
         "tokens": str(out / "tokens.safetensors"),
         "new": len(listed) - before,
     }
+
+
+def _small_pictures(pipeline: AnyPipeline, images: str | None, model: str) -> CaptionedImages | None:
+    """What a pipeline of super-resolution starts from, at its size; None for the others."""
+    if not isinstance(pipeline, SuperResolutionPipeline):
+        if images is not None:
+            raise InputError(f"{model} is no super-resolution: it reads no --images")
+        return None
+    if images is None:
+        raise InputError(f"{model} makes pictures of {pipeline.size} px larger: give --images")
+    source: Literal["webdataset", "folder"] = "webdataset" if _are_shards(images) else "folder"
+    return load_dataset(DataConfig(source=source, path=images, image_size=pipeline.size), "all", need_captions=False)
 
 
 def _unless_fp32(plan: Plan) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer, 
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.text_encoders import TextFeatures, same_length
-from textok_fast.modeling.tokenizer import TexTok
+from textok_fast.modeling.tokenizer import Images, TexTok, check_images
 
 PIPELINE_NAME = "pipeline.json"
 FOLDERS = {"generator": "transformer", "tokenizer": "vae"}  # by our names and diffusers'
@@ -37,6 +37,7 @@ class Condition(NamedTuple):
     labels: Tensor | None  # (B,) int64
     features: Tensor | None  # (B, N_t, D_t)
     mask: Tensor | None  # (B, N_t) bool
+    image_tokens: Tensor | None  # (B, M, image_token_dim), the same in both halves of a guidance pair
 
 
 @dataclass
@@ -100,6 +101,10 @@ class GenerationPipeline:
                 f"the generator makes {_in_words(sample_shape(generator))}, the tokenizer decodes "
                 f"{_in_words(token_shape(tokenizer))}: they were not trained together"
             )
+        if generator.config.image_token_dim and not isinstance(self, SuperResolutionPipeline):
+            raise InputError(
+                "this generator reads pictures: it runs in a SuperResolutionPipeline, which load_pipeline makes of it"
+            )
         if generator.config.text_dim and isinstance(tokenizer, LatentTokenizer):
             raise InputError("a generator from captions reads the features of its tokenizer's text encoder; this one has none")
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
@@ -155,16 +160,18 @@ class GenerationPipeline:
         text: TextFeatures | None,
         seeds: Sequence[int],
         options: SamplingOptions,
+        image_tokens: Tensor | None = None,
         **run: Unpack[RunOptions],
     ) -> Tensor:
-        """Tokens (B, N, d), or latents (B, C, h, w), for B labels and captions. Sample i depends on seed i and its condition
-        alone, not on its batch."""
+        """Tokens (B, N, d), or latents (B, C, h, w), for B labels and captions, and ``image_tokens`` (B, M, image_token_dim)
+        for a generator that reads them. Sample i depends on seed i and its condition alone, not on its batch."""
         config, device = self.generator.config, self.tokenizer.device
         source = seeded_noise(seeds, device)
         noise, negative = run.get("noise"), self._negative_text(run.get("negative_prompts"), len(seeds))
         seen: dict[str, Any] = {"progress": run.get("progress"), "on_step": run.get("on_step")}
         if self._engines is not None:
-            given: dict[str, Any] = {"labels": labels, "text": text, "negative_text": negative, "seeds": seeds, "noise": noise}
+            given: dict[str, Any] = {"labels": labels, "text": text, "negative_text": negative, "image_tokens": image_tokens}
+            given |= {"seeds": seeds, "noise": noise}
             made: Tensor = self._engines[0].sample(self.process, **given, **dataclasses.asdict(options), **seen)
             return made
         if negative is not None:
@@ -174,16 +181,18 @@ class GenerationPipeline:
             None if labels is None else labels.to(device),
             None if text is None else text.features,
             None if text is None else text.mask,
+            None if image_tokens is None else image_tokens.to(device, self.tokenizer.dtype),
         )
         null = Condition(
             None if labels is None else torch.full_like(condition.labels, config.num_classes),  # type: ignore[arg-type]
             condition.features if negative is None else negative.features,
             None if condition.mask is None else torch.zeros_like(condition.mask) if negative is None else negative.mask,
+            condition.image_tokens,
         )
 
         def model(x: Tensor, t: Tensor, c: Condition) -> Tensor:
             given = None if c.features is None or c.mask is None else TextFeatures(c.features, c.mask)
-            return self.generator(x, t, c.labels, given)
+            return self.generator(x, t, c.labels, given, c.image_tokens)
 
         shape = (len(seeds), *sample_shape(self.generator))
         if noise is not None and tuple(noise.shape) != shape:
@@ -221,9 +230,10 @@ class GenerationPipeline:
         options: SamplingOptions,
         output: Literal["float", "uint8"],
         run: RunOptions,
+        image_tokens: Tensor | None = None,
     ) -> GenerationOutput:
         with torch.no_grad():
-            tokens = self.generate_tokens(labels, text, seeds, options, **run)
+            tokens = self.generate_tokens(labels, text, seeds, options, image_tokens, **run)
             decoder: Any = self.tokenizer if self._engines is None else self._engines[1]
             size = self.decode_batch or len(seeds)
             parts = [slice(start, start + size) for start in range(0, len(seeds), size)]
@@ -331,6 +341,71 @@ class ClassToImagePipeline(GenerationPipeline):
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
 
+class SuperResolutionPipeline(GenerationPipeline):
+    """Small pictures, and captions of them, to large ones. Guidance is by the caption: the picture is in both halves of the
+    pair.
+
+    ``size``: the side of the small pictures; ``patch_size``: how they are cut into the tokens that the generator reads.
+    """
+
+    def __init__(
+        self,
+        generator: DiT,
+        tokenizer: TexTok | LatentTokenizer,
+        objective: Objective = "gaussian",
+        prediction: str = "epsilon",
+        plan: Plan | None = None,
+        schedule: str = "linear",
+        *,
+        size: int,
+        patch_size: int,
+    ) -> None:
+        sizes = (generator.config.num_image_tokens, generator.config.image_token_dim)
+        if sizes != ((size // patch_size) ** 2, 3 * patch_size**2) or size % patch_size:
+            raise InputError(
+                f"pictures of {size} px in patches of {patch_size} px are {(size // patch_size) ** 2} tokens of "
+                f"{3 * patch_size**2} numbers; the generator reads {sizes[0]} of {sizes[1]}"
+            )
+        if generator.config.num_classes:
+            raise InputError("super-resolution is conditioned on a picture and a caption; this generator has classes")
+        super().__init__(generator, tokenizer, objective, prediction, plan, schedule)
+        self.size, self.patch_size = size, patch_size
+
+    def __call__(
+        self,
+        images: Images,
+        captions: Sequence[str] | None = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        options: SamplingOptions | None = None,
+        output: Literal["float", "uint8"] = "uint8",
+        **run: Unpack[RunOptions],
+    ) -> GenerationOutput:
+        """One large picture a small one.
+
+        Args:
+            images: PIL images, uint8 (B, s, s, 3), or float (B, 3, s, s) in [-1, 1], of the side ``self.size``.
+            captions: one a picture, for generator and decoder; None, or "" for one of them, is the null caption.
+            seed, run: as in :class:`TextToImagePipeline`.
+
+        Raises: InputError for pictures of another form or size, and another number of captions or seeds.
+        """
+        small = check_images(images, self.size, self.tokenizer.device, torch.float32)
+        chosen = [""] * len(small) if captions is None else list(captions)
+        if len(chosen) != len(small):
+            raise InputError(f"got {len(chosen)} captions for {len(small)} pictures")
+        in_bytes = small.dtype == torch.uint8
+        tokens = (ops.patchify_uint8 if in_bytes else ops.patchify)(small, self.patch_size)  # (B, M, 3 p p)
+        seeds, options = seeds_for(seed, len(small)), options or SamplingOptions()
+        return self._finish(None, self.text_features(chosen), chosen, seeds, options, output, run, tokens)
+
+    def _about(self) -> dict[str, Any]:
+        return {**super()._about(), "low_resolution": {"size": self.size, "patch_size": self.patch_size}}
+
+
+AnyPipeline = TextToImagePipeline | ClassToImagePipeline | SuperResolutionPipeline
+
+
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index is None or one.index == other.index)
 
@@ -368,12 +443,10 @@ def seeded_noise(seeds: Sequence[int], device: str | torch.device) -> NoiseSourc
     return source
 
 
-def load_pipeline(
-    directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
-) -> TextToImagePipeline | ClassToImagePipeline:
+def load_pipeline(directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None) -> AnyPipeline:
     """The pipeline that ``textok-fast train generator``, ``textok-fast convert`` or ``interop.TexTokPipeline`` wrote: by class
-    when the generator has classes, else by caption. ``directory`` may also be the name of weights that come with the package
-    ("textok-mini").
+    when the generator has classes, by small pictures when it reads them, else by caption. ``directory`` may also be the name
+    of weights that come with the package ("textok-mini").
 
     With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
     the text encoder.
@@ -405,15 +478,21 @@ def build_pipeline(
     source: str,
     plan: Plan | None = None,
     engines: tuple[GeneratorEngine, TokenizerEngine] | None = None,
-) -> TextToImagePipeline | ClassToImagePipeline:
+) -> AnyPipeline:
     """The pipeline that ``about``, the contents of pipeline.json, describes.
 
     ``source``: where it was read, for errors. ``engines``: what runs it in place of the models, which then give their
     configurations and checks alone.
     """
     objective, prediction, schedule, names, captions = _described(about, source)
-    pipeline: TextToImagePipeline | ClassToImagePipeline
-    if generator.config.num_classes:
+    pipeline: AnyPipeline
+    if generator.config.image_token_dim:
+        try:
+            sizes = {name: int(about["low_resolution"][name]) for name in ("size", "patch_size")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{source} does not say which pictures the generator reads (low_resolution): {error!r}") from None
+        pipeline = SuperResolutionPipeline(generator, tokenizer, objective, prediction, plan, schedule, **sizes)
+    elif generator.config.num_classes:
         pipeline = ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
     else:
         pipeline = TextToImagePipeline(generator, tokenizer, objective, prediction, plan, schedule)

@@ -469,7 +469,8 @@ class TexTokPipeline(DiffusionPipeline):
 
     @classmethod
     def from_textok(cls, pipeline: TextToImagePipeline | ClassToImagePipeline) -> Self:
-        """Around a pipeline of :func:`textok_fast.inference.load_pipeline`, with its plan: they share the models."""
+        """Around a pipeline of :func:`textok_fast.inference.load_pipeline`, with its plan: they share the models. InputError
+        for super-resolution, which has no call of diffusers here."""
         made = cls(**cls._parts(pipeline), plan=None)
         made.pipeline = pipeline  # which has engines already, if any
         return made

@@ -123,7 +123,7 @@ class DiT(PretrainedMixin, nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, width) if config.num_classes else None
         self.text_embedder = TextProjection(config.text_dim, width) if config.text_dim else None
         self.image_embedder = nn.Linear(config.image_token_dim, width) if config.image_token_dim else None
-        self.image_positions = nn.Parameter(torch.zeros(config.num_image_tokens, width)) if config.image_token_dim else None
+        self.image_positions = nn.Parameter(image_positions(width, config.num_image_tokens)) if config.image_token_dim else None
         self.blocks = nn.ModuleList(
             DiTBlock(width, config.heads, config.mlp_ratio, bool(config.text_dim), config.qk_norm, config.mlp_norm_eps)
             for _ in range(config.depth)
@@ -290,6 +290,13 @@ def sincos_1d(width: int, positions: Tensor) -> Tensor:
     w = 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))  # (width / 2,)
     angles = positions.double().unsqueeze(1) * w  # (N, width / 2)
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).float()
+
+
+def image_positions(width: int, count: int) -> Tensor:
+    """Where training starts from for ``count`` image tokens, (count, width): a square's rows and columns, else a line's
+    places."""
+    grid = math.isqrt(count)
+    return sincos_2d(width, grid) if grid * grid == count and width % 4 == 0 else sincos_1d(width, torch.arange(count))
 
 
 def sincos_2d(width: int, grid: int) -> Tensor:

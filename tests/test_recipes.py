@@ -1,0 +1,107 @@
+"""The recipes: every one is a valid run, and the published ones build models of the published sizes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from textok_fast.config import (
+    SECTIONS,
+    GeneratorTrainConfig,
+    TokenizerTrainConfig,
+    from_mapping,
+    load_config,
+    read_recipe,
+    recipe_about,
+    recipe_names,
+    recipe_path,
+    recipe_sections,
+    to_dict,
+)
+from textok_fast.errors import InputError
+from textok_fast.modeling import DiT, TexTok
+
+BUDGETS, SIZES = (32, 64, 128, 256), (256, 512)
+PUBLISHED = [f"textok-{tokens}-{size}" for size in SIZES for tokens in BUDGETS]
+ALL = [(cls, name) for cls in SECTIONS for name in recipe_names(cls)]
+
+
+def parameters(kind: type, config: Any) -> float:
+    """In millions."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in kind(config).parameters()) / 1e6
+
+
+@pytest.mark.parametrize(("cls", "name"), ALL, ids=lambda value: value if isinstance(value, str) else SECTIONS[value])
+def test_every_recipe_is_a_run_that_differs_from_the_defaults_and_builds_its_model(cls: Any, name: str) -> None:
+    config = load_config(cls, name)
+    assert config != cls()
+    assert from_mapping(cls, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert SECTIONS[cls] in recipe_sections(name)
+    assert recipe_about(name) and "\n" not in recipe_about(name)
+    assert parameters(TexTok if cls is TokenizerTrainConfig else DiT, config.model) > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", BUDGETS)
+def test_the_published_recipes_have_the_published_sizes(tokens: int, size: int) -> None:
+    name = f"textok-{tokens}-{size}"
+    tokenizer, generator = load_config(TokenizerTrainConfig, name), load_config(GeneratorTrainConfig, name)
+    assert (tokenizer.model.num_tokens, tokenizer.model.latent_dim, tokenizer.model.image_size) == (tokens, 8, size)
+    assert (tokenizer.model.num_patches, tokenizer.model.text, tokenizer.data.image_size) == (1024, "both", size)
+    wider = 2 * (4096 - 2048) * 768 / 1e6 if size == 512 else 0.0  # the two projections of T5-XXL's features
+    assert parameters(TexTok, tokenizer.model) == pytest.approx(176 + wider, abs=1.0)
+    assert (generator.model.num_tokens, generator.model.in_channels, generator.data.image_size) == (tokens, 8, size)
+    assert (generator.model.depth, generator.model.width, generator.model.heads) == (28, 1152, 16)
+    assert parameters(DiT, generator.model) == pytest.approx(675, abs=0.5)
+    assert generator.model.learn_sigma and generator.objective == "gaussian"
+    assert generator.run.steps * generator.run.batch_size == pytest.approx(350 * 1_281_167, rel=1e-6)
+    assert generator.tokenizer == f"{tokenizer.run.output_dir}/final"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_of_a_published_recipe_says_where_it_is_from(name: str) -> None:
+    lines = recipe_path(name).read_text().splitlines()
+    values = [line for line in lines if re.match(r"\s+\w+:\s*\S", line)]
+    assert len(values) >= 5
+    for line in values:
+        assert re.search(r" # (published|chosen|of that encoder)", line), line
+
+
+def test_a_recipe_extends_another_and_is_for_what_it_names_itself(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("about: mine\nextends: textok-64-512\ntokenizer:\n  model: {size: small}\n")
+    config = load_config(TokenizerTrainConfig, str(file), overrides=["run.steps=3"])
+    assert (config.model.num_tokens, config.model.image_size, config.run.steps) == (64, 512, 3)
+    assert (config.model.width, config.model.encoder_depth) == (512, 8)  # a size replaces what it decides
+    assert config.optim == load_config(TokenizerTrainConfig, "textok-32-256").optim
+    with pytest.raises(InputError, match=r"is not for a generator; known: .*textok-32-256"):
+        load_config(GeneratorTrainConfig, str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modl: {}\n", "has modl; a recipe has about, extends, generator, tokenizer"),
+        ("tokenizer: 3\n", "tokenizer must hold a mapping of settings, found int"),
+        ("tokenizer: {modl: 3}\n", "modl"),
+        ("extends: nothing\ntokenizer:\n", "unknown recipe 'nothing'; known: demo"),
+        ("extends: FILE\ntokenizer:\n", "recipes extend each other"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("FILE", str(file)))
+    with pytest.raises(InputError, match=message):
+        load_config(TokenizerTrainConfig, str(file))
+
+
+def test_what_is_read_of_a_recipe_is_the_callers_own() -> None:
+    first = read_recipe(TokenizerTrainConfig, "demo")
+    first["model"]["num_tokens"] = 99
+    assert read_recipe(TokenizerTrainConfig, "demo")["model"]["num_tokens"] == 4

@@ -1,0 +1,147 @@
+"""Small, worn pictures out of good ones, as super-resolution trains on them: BSRGAN's degradations (Zhang et al. 2021,
+"Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", arXiv 2103.14006), their ranges from its
+published code.
+
+Blur (twice), resampling, the step to the final size, noise and JPEG come in a random order, in which resampling is before the
+final size; JPEG at the final size ends it. Of the original there is all but the camera's sensor noise, which needs a learned
+ISP.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from textok_fast.errors import InputError
+
+JPEG_QUALITY = (30, 95)
+NOISE_LEVEL = (2, 25)  # of 255
+RESAMPLING = ("bilinear", "bicubic", "area")
+
+
+def degrade(image: np.ndarray, scale: int, *, seed: int = 0, index: int = 0, strength: float = 1.0) -> np.ndarray:
+    """``image`` (S, S, 3) uint8, worn and ``scale`` times smaller: (S / scale, S / scale, 3) uint8.
+
+    What happens to it is drawn from (``seed``, ``index``) alone. ``strength`` in [0, 1] takes the widths of blurs, the noise
+    and the losses of JPEG down in proportion; 0 is bicubic resampling alone.
+
+    Raises: InputError for another form of picture, a side that ``scale`` does not divide, or another strength.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"a picture is (S, S, 3) uint8, got {image.dtype} {image.shape}")
+    height, width = image.shape[:2]
+    if scale < 1 or height % scale or width % scale:
+        raise InputError(f"a picture of {width} x {height} does not get {scale} times smaller")
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength must be in [0, 1], got {strength}")
+    size = (height // scale, width // scale)
+    if strength == 0:
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return _Wear(scale, size, strength, np.random.default_rng([seed, index]))(image)
+
+
+class _Wear:
+    """One draw of the degradations. Pictures inside are (1, 3, h, w) float32 in [0, 1]."""
+
+    def __init__(self, scale: int, size: tuple[int, int], strength: float, rng: np.random.Generator) -> None:
+        self.scale, self.size, self.strength, self.rng = scale, size, strength, rng
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1).unsqueeze(0)
+        steps = [self.blur, self.blur, self.resample, self.finish, self.noise, self.maybe_jpeg]
+        order = self.rng.permutation(len(steps)).tolist()
+        first, last = order.index(2), order.index(3)
+        if first > last:
+            order[first], order[last] = order[last], order[first]
+        for step in order:
+            x = steps[step](x)
+        return _as_uint8(self.jpeg(x))
+
+    def blur(self, x: Tensor) -> Tensor:
+        """By a Gaussian, round or not, of a random size of kernel."""
+        size = 2 * int(self.rng.integers(2, 12)) + 3
+        if self.rng.random() < 0.5:
+            variances = (4.0 + self.scale) * self.rng.random(2)
+        else:
+            variances = np.full(2, ((2.0 + 0.2 * self.scale) * self.rng.random()) ** 2)
+        return filtered(x, gaussian_kernel(size, variances * self.strength**2, math.pi * self.rng.random()))
+
+    def resample(self, x: Tensor) -> Tensor:
+        """To a size between this one and half the final one; a quarter of the time by a Gaussian and every n-th pixel."""
+        small = [max(1, side // 2) for side in self.size]
+        if self.rng.random() < 0.75:
+            factor = 1 + self.strength * (self.rng.uniform(1, 2 * self.scale) - 1)
+            return resized(x, self._sides(x, factor, small), str(self.rng.choice(RESAMPLING)))
+        sigma = self.strength * self.rng.uniform(0.1, 0.6 * self.scale)
+        return resized(
+            filtered(x, gaussian_kernel(25, np.full(2, sigma**2), 0.0)), self._sides(x, self.scale, small), "nearest"
+        )
+
+    def finish(self, x: Tensor) -> Tensor:
+        return resized(x, self.size, str(self.rng.choice(RESAMPLING)))
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Gaussian: of each colour for itself, of all alike, or correlated."""
+        kind, level = self.rng.random(), self.strength * self.rng.integers(NOISE_LEVEL[0], NOISE_LEVEL[1] + 1) / 255
+        shape = (*x.shape[2:], 3)
+        if kind > 0.6:
+            noise = level * self.rng.standard_normal(shape)
+        elif kind < 0.4:
+            noise = level * self.rng.standard_normal((*shape[:2], 1)).repeat(3, axis=2)
+        else:
+            axes, _ = np.linalg.qr(self.rng.random((3, 3)))  # covariance: axes.T diag(d) axes
+            top = self.strength * NOISE_LEVEL[1] / 255
+            noise = top * (self.rng.standard_normal(shape) * np.sqrt(self.rng.random(3))) @ axes
+        return (x + torch.from_numpy(noise.astype(np.float32)).permute(2, 0, 1)).clamp(0, 1)
+
+    def maybe_jpeg(self, x: Tensor) -> Tensor:
+        return self.jpeg(x) if self.rng.random() < 0.9 else x
+
+    def jpeg(self, x: Tensor) -> Tensor:
+        quality = int(self.rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1))
+        buffer = io.BytesIO()
+        Image.fromarray(_as_uint8(x)).save(buffer, format="JPEG", quality=round(100 - self.strength * (100 - quality)))
+        read = np.asarray(Image.open(buffer).convert("RGB"), dtype=np.float32) / 255
+        return torch.from_numpy(read).permute(2, 0, 1).unsqueeze(0)
+
+    def _sides(self, x: Tensor, factor: float, least: list[int]) -> tuple[int, int]:
+        sides = [min(side, max(low, int(side / factor))) for side, low in zip(x.shape[2:], least, strict=True)]
+        return sides[0], sides[1]
+
+
+def gaussian_kernel(size: int, variances: np.ndarray, angle: float) -> Tensor:
+    """(size, size), summing to 1: the density of a Gaussian with ``variances`` (2,), in pixels squared, along axes at
+    ``angle``.
+
+    A variance of 0 is a sharp axis, which leaves the pixels where they are.
+    """
+    axes = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    precision = axes @ np.diag(1 / np.maximum(variances, 1e-6)) @ axes.T
+    place = np.arange(size) - (size - 1) / 2
+    grid = np.stack(np.meshgrid(place, place, indexing="xy"), axis=-1)  # (size, size, 2): x, y
+    density = np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", grid, precision, grid))
+    return torch.from_numpy((density / density.sum()).astype(np.float32))
+
+
+def filtered(x: Tensor, kernel: Tensor) -> Tensor:
+    """x (1, C, h, w) by an odd ``kernel`` (k, k); borders repeat."""
+    padded = F.pad(x, [len(kernel) // 2] * 4, mode="replicate")
+    return F.conv2d(padded.transpose(0, 1), kernel[None, None]).transpose(0, 1)
+
+
+def resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """x (1, C, h, w) to ``size``, without a filter against aliasing but for "area", as cameras' and web sites' software
+    does."""
+    smooth = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    return F.interpolate(x, size=size, mode=mode, **smooth).clamp(0, 1)
+
+
+def _as_uint8(x: Tensor) -> np.ndarray:
+    levels: np.ndarray = (x[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return levels

@@ -1,0 +1,54 @@
+"""Cached tokens beside the pictures they are of, for trainings that look at both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from textok_fast.config import LowResolutionConfig
+from textok_fast.data.degradation import degrade
+from textok_fast.data.token_cache import Examples, TokenDataset, collate_tokens
+from textok_fast.errors import InputError
+
+
+class TokensAndPictures(Dataset[dict[str, Any]]):
+    """Items of a :class:`TokenDataset` with ``image`` (S, S, 3) uint8, its picture, and with ``low_resolution`` also
+    ``small``, that picture worn and made small (:func:`~textok_fast.data.degradation.degrade`) by the config's seed and the
+    item's index.
+
+    The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill a
+    machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
+    """
+
+    def __init__(self, tokens: TokenDataset, pictures: Examples, low_resolution: LowResolutionConfig | None = None) -> None:
+        self.tokens, self.pictures, self.low_resolution = tokens, pictures, low_resolution
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item, example = self.tokens[index], self.pictures[index]
+        if example.key != item["key"]:
+            raise InputError(
+                f"picture {index} is {example.key!r} now, and its tokens are of {item['key']!r}: the data have changed; "
+                "remove the token cache and train anew"
+            )
+        item["image"] = torch.from_numpy(example.image.copy())  # (S, S, 3)
+        if self.low_resolution is not None:
+            item["small"] = small_picture(example.image, self.low_resolution, index)
+        return item
+
+
+def small_picture(image: Any, config: LowResolutionConfig, index: int) -> torch.Tensor:
+    """``image`` (S, S, 3) uint8 as a super-resolution model is given it: (s, s, 3) uint8."""
+    small = degrade(image, config.scale, seed=config.seed, index=index, strength=config.strength)
+    return torch.from_numpy(small.copy())
+
+
+def collate_tokens_and_pictures(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """:func:`collate_tokens` with ``images`` (B, S, S, 3) and, where items have it, ``small`` (B, s, s, 3), both uint8."""
+    batch = {**collate_tokens(items), "images": torch.stack([item["image"] for item in items])}
+    return {**batch, "small": torch.stack([item["small"] for item in items])} if "small" in items[0] else batch
