@@ -28,7 +28,7 @@ from textok_fast.pictures import image_grid
 from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
-FILE_SOURCES = ("folder", "webdataset")
+FILE_SOURCES = ("folder", "webdataset", "huggingface")
 CACHED_SCENES = 8192  # of generated scenes, of which there is no end
 PREVIEW_SAMPLES, PREVIEW_STEPS = 8, 20
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from textok_fast.config import OptimConfig, RunConfig, to_dict
+from textok_fast.data.base import Draw
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically, write_text
 from textok_fast.ops.device import default_device
@@ -96,28 +97,47 @@ class StepRandom:
 
 
 class StepBatches(Sampler[list[int]]):
-    """Index batches from ``start`` on: epoch after epoch of seeded permutations, this process's slice of each global batch."""
+    """Index batches from ``start`` on: epoch after epoch of seeded permutations, this process's slice of each global batch.
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int) -> None:
+    ``order`` is a data set's ``epoch_order``, for those whose reads should stay together. Each index is a ``Draw``.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world: int,
+        order: Callable[[int, int, int], np.ndarray | None] | None = None,
+    ) -> None:
         if length < batch_size * world:
             raise InputError(
                 f"the data set has {length} pictures, fewer than the global batch of {batch_size * world}; lower run.batch_size"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.start, self.stop, self.rank, self.world, self.order = start, stop, rank, world, order
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         per_epoch = self.length // (self.batch_size * self.world)
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.stop):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(self.length, generator=seeded_generator(self.seed, epoch))
+                order = self._epoch(epoch)
             first = (step % per_epoch) * self.batch_size * self.world + self.rank * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            yield [Draw(index, self.seed, epoch) for index in order[first : first + self.batch_size].tolist()]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        given = None if self.order is None else self.order(self.seed, epoch, self.batch_size * self.world)
+        if given is not None:
+            return given
+        return torch.randperm(self.length, generator=seeded_generator(self.seed, epoch)).numpy()
 
 
 @dataclasses.dataclass
@@ -221,6 +241,7 @@ def _fit(
         run_config.steps * per_step,
         rank,
         world,
+        getattr(dataset, "epoch_order", None),
     )
     loader = iter(
         DataLoader(
