@@ -99,7 +99,9 @@ class CaptionedImages(ABC):
         for example in self.fetch(indices):
             label = self.label_names[example.label] if example is not None and self.label_names else ""
             captions = (example.caption,) if example is not None and example.caption else ()
-            found.append(None if example is None else RawPicture(example.key, encode_png(example.image), "PNG", captions, label))
+            found.append(
+                None if example is None else RawPicture(example.key, encode_png(example.image), "PNG", captions, label)
+            )
         return found
 
     def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:

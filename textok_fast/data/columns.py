@@ -75,4 +75,6 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         captions = self.captions[index]
-        return Record(self.names[index], tuple(captions.split("\n")) if captions else (), self.labels[index], self.places[index])
+        return Record(
+            self.names[index], tuple(captions.split("\n")) if captions else (), self.labels[index], self.places[index]
+        )

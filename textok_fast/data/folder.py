@@ -27,9 +27,9 @@ class FolderDataset(FileDataset):
 
     With a caption file each row has ``file_name`` (relative to the folder), ``caption`` (in .jsonl and .parquet a string or a
     list of them, also as ``captions``) and optionally ``label``; without one the captions are the lines of the .txt file beside
-    the image, or with ``caption_lines`` False the whole of it is one. Rows and images that lack their other half, empty captions (unless
-    ``need_captions`` is False) and corrupt images are counted in ``skipped``. Raises :class:`InputError` when nothing is left,
-    and for a folder or caption file that cannot be read.
+    the image, or with ``caption_lines`` False the whole of it is one. Rows and images that lack their other half, empty
+    captions (unless ``need_captions`` is False) and corrupt images are counted in ``skipped``. Raises :class:`InputError` when
+    nothing is left, and for a folder or caption file that cannot be read.
     """
 
     source = "folder"

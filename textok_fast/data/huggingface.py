@@ -54,7 +54,9 @@ def load_huggingface(config: DataConfig, split: str, crop: Crop, need_captions: 
     rows = _open(config.path, options)
     if isinstance(rows, Mapping):
         if options.split not in rows:
-            raise InputError(f"{config.path} has the splits {', '.join(rows)}; set data.huggingface.split (got {options.split})")
+            raise InputError(
+                f"{config.path} has the splits {', '.join(rows)}; set data.huggingface.split (got {options.split})"
+            )
         rows = rows[options.split]
     columns = _columns(rows, config.path, options)
     where = f"{config.path} ({options.split})"
@@ -307,7 +309,9 @@ class HuggingFaceStream(CaptionedImages):
             (example,) = self.fetch([index.at(other) if hasattr(index, "at") else other])
             if example is not None:
                 return example
-        raise InputError(f"no picture of {self._where} from {first} to {first + count} can be used{describe_skipped(self.skipped)}")
+        raise InputError(
+            f"no picture of {self._where} from {first} to {first + count} can be used{describe_skipped(self.skipped)}"
+        )
 
     def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
         found: list[RawPicture | None] = []

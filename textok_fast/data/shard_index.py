@@ -215,7 +215,7 @@ def captions_of_text(text: str, lines: bool) -> tuple[str, ...]:
 
 
 def captions_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions in "caption" and then "captions" of a row, each a string or a list of them; empty and equal ones left out."""
+    """The captions in "caption" and then "captions" of a row, each a string or a list; empty and equal ones left out."""
     found: dict[str, None] = {}
     for value in (row.get("caption"), row.get("captions")):
         for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, np.ndarray)) else ():

@@ -70,7 +70,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def retried(what: str, call: Callable[[], T]) -> T:
-    """``call()``, again after a passing failure. FileNotFoundError and PermissionError pass through; InputError after the last."""
+    """``call()``, again after a passing failure; InputError after the last. What is not there or forbidden is not retried."""
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -197,7 +197,7 @@ def find_shards(pattern: str) -> list[str]:
     """The .tar files that a path, directory, glob, brace pattern or URL stands for, sorted, each once.
 
     URLs: of a .tar file; a directory or glob where the server lists its files (S3, the Hub); or index.json of shards that
-    ``textok-fast data pack`` wrote, which any server can have. "?" in http(s) is no glob, and a single URL need not end in .tar.
+    ``textok-fast data pack`` wrote, which any server can have. A single http(s) URL need not end in .tar.
     """
     found: set[str] = set()
     for path in expand_braces(pattern) if pattern else ():

@@ -69,7 +69,7 @@ class WebDataset(FileDataset):
         shards = find_shards(str(path))
         if not shards:
             raise InputError(
-                f"no .tar shard matches data.path {str(path)!r}; it may be a file, a directory, a glob, a brace pattern or a URL"
+                f"no .tar shard matches data.path {str(path)!r}; it may be a file, directory, glob, brace pattern or URL"
             )
         self._shards, self._buffer, self._streams = shards, shuffle_buffer, read_streams
         remote = any(map(is_url, shards))
@@ -124,7 +124,7 @@ class WebDataset(FileDataset):
 
 
 def order_by_runs(bounds: np.ndarray, rng: np.random.Generator, batch: int, buffer: int, streams: int) -> np.ndarray:
-    """int64 indices of whole batches of 0 to ``bounds[-1]`` - 1, whose runs ``bounds[i]`` to ``bounds[i + 1]`` are read in order."""
+    """Whole batches of the indices below ``bounds[-1]``, int64; ``bounds[i]`` to ``bounds[i + 1]`` - 1 are read in order."""
     runs = rng.permutation(len(bounds) - 1)
     sequence = np.concatenate([np.arange(bounds[run], bounds[run + 1]) for run in runs])
     streams = math.gcd(streams, batch)
@@ -168,7 +168,7 @@ def write_shards(
 
 
 def _write_shard(path: Path, examples: Sequence[Example], label_names: Sequence[str] | None) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for example in examples:
             label = label_names[example.label] if label_names else str(example.label)
             add_member(archive, f"{example.key}.png", encode_png(example.image))
