@@ -210,12 +210,12 @@ def test_tokens_and_pictures_belong_together(trained: dict[str, Any]) -> None:
     drawn = [
         int(index) for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:256].sort().values
     ]
-    both = TokensAndPictures(tokens, [dataset[index] for index in drawn], LOW)  # type: ignore[arg-type]
+    both = TokensAndPictures(tokens, dataset, drawn, LOW)
     item = both[7]
     assert np.array_equal(item["image"].numpy(), dataset[drawn[7]].image)
     assert np.array_equal(item["small"].numpy(), degrade(item["image"].numpy(), 4, seed=0, index=7, strength=0.3))
     with pytest.raises(InputError, match="the data have changed"):
-        TokensAndPictures(tokens, [dataset[index + 1] for index in drawn], LOW)[7]  # type: ignore[arg-type]
+        TokensAndPictures(tokens, dataset, [index + 1 for index in drawn], LOW)[7]
 
 
 @pytest.mark.parametrize(

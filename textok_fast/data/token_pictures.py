@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import Dataset
 
 from textok_fast.config import LowResolutionConfig
+from textok_fast.data.base import CaptionedImages
 from textok_fast.data.degradation import degrade
-from textok_fast.data.token_cache import Examples, TokenDataset, collate_tokens
+from textok_fast.data.token_cache import TokenDataset, collate_tokens
 from textok_fast.errors import InputError
 
 
@@ -20,17 +21,25 @@ class TokensAndPictures(Dataset[dict[str, Any]]):
     item's index.
 
     The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill a
-    machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
+    machine's memory. ``rows``: their indices in ``pictures``, in the order of ``tokens``.
+
+    Raises: InputError for a picture that is not the one the tokens were made of.
     """
 
-    def __init__(self, tokens: TokenDataset, pictures: Examples, low_resolution: LowResolutionConfig | None = None) -> None:
-        self.tokens, self.pictures, self.low_resolution = tokens, pictures, low_resolution
+    def __init__(
+        self,
+        tokens: TokenDataset,
+        pictures: CaptionedImages,
+        rows: Sequence[int],
+        low_resolution: LowResolutionConfig | None = None,
+    ) -> None:
+        self.tokens, self.pictures, self.rows, self.low_resolution = tokens, pictures, rows, low_resolution
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, example = self.tokens[index], self.pictures[index]
+        item, example = self.tokens[index], self.pictures[self.rows[index]]
         if example.key != item["key"]:
             raise InputError(
                 f"picture {index} is {example.key!r} now, and its tokens are of {item['key']!r}: the data have changed; "
