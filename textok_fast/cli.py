@@ -324,6 +324,18 @@ def build_parser() -> argparse.ArgumentParser:
     reference = _command(kinds, "reference", run_evaluate, "write an .npz reference batch of a set of pictures",
         "textok-fast evaluate reference --images photos --inception published --out reference.npz")  # fmt: skip
     reference.add_argument("--images", required=True, help="a folder of pictures, .tar shards, or an .npz batch")
+    study = _command(kinds, "study", run_evaluate_study,
+        "train tokenizers with text here and there and with few and many tokens, and compare what text is worth",
+        "textok-fast evaluate study --out runs/study --tokens 4 8 16 32 --seeds 0 1 2")  # fmt: skip
+    study.add_argument("--out", type=Path, required=True)
+    study.add_argument("--tokens", type=int, nargs="+", default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
+    study.add_argument("--text", nargs="+", default=["both", "encoder", "decoder", "none"],
+        choices=("both", "encoder", "decoder", "none"), help="where the text goes (default: all four)")  # fmt: skip
+    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    study.add_argument("--pictures", type=int, default=512, help="compared of each split (default: %(default)s)")
+    study.add_argument("--jobs", type=int, default=0, help="trainings at once (default: one a core, or one on a GPU)")
+    study.add_argument("--recipe", default="study", help="of the tokenizers (default: %(default)s)")
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all trainings: run.steps=2000")
     for task in (reconstruction, generation, text, reference):
         task.set_defaults(task=task.prog.rsplit(" ", 1)[-1])
         task.add_argument("--count", type=int, metavar="N",
@@ -752,6 +764,17 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     print(found.to_markdown())
     print(f"wrote {', '.join(found.files)}; parts/ beside them is only needed to go on")
     return found.to_dict()
+
+
+def run_evaluate_study(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.evaluation.text_study import StudyConfig, table, text_study
+
+    _require_writable(args.out / "study.json")
+    config = StudyConfig(args.out, args.tokens, args.text, args.seeds, args.pictures, args.jobs, args.recipe, args.overrides)
+    result = text_study(config, command=args.command_line)
+    print(table(result))
+    print(f"wrote {args.out}/study.json, study.md and a plot for each split; every tokenizer is in NAME/final there")
+    return result
 
 
 def run_bench_speedup(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,12 +17,14 @@ LEFT, RIGHT, BOTTOM = 66, 16, 52
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``points`` are (x, y), ``labels`` (one a point, or none) are written above the markers."""
+    """One line: ``points`` are (x, y), ``labels`` (one a point, or none) are written above the markers, ``errors`` (the same)
+    are half the lengths of the bars on them."""
 
     name: str
     points: Sequence[tuple[float, float]]
     labels: Sequence[str] = ()
     markers: bool = False
+    errors: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,19 @@ def line_plot(
     log: bool = False,
     x_ticks: Sequence[float] = (),
     standalone: bool = False,
+    log_x: bool = False,
 ) -> str:
-    """An SVG element with axes, grid and legend. ``log``: both axes logarithmic; what is not finite, or not above 0 there,
-    is left out.
+    """An SVG element with axes, grid and legend. ``log``: both axes logarithmic, ``log_x``: x alone; what is not finite, or not
+    above 0 there, is left out.
 
     Text and axes take the page's text colour; ``standalone`` adds a white ground and a dark one for the file's own sake.
     """
-    series = [Series(line.name, *_drawable(line, log), line.markers) for line in series]
+    series = [_drawable(line, log or log_x, log) for line in series]
     xs = [x for line in series for x, _ in line.points] or [1.0, 10.0]
-    ys = [y for line in series for _, y in line.points] + [level.y for level in levels] or [1.0, 10.0]
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log, x_ticks, room=0.06 if log else 0.0)
+    bars = [(x, y - error, y + error) for line in series for (x, y), error in zip(line.points, line.errors, strict=False)]
+    ends = [y for _, *both in bars for y in both if y > 0 or not log]
+    ys = [y for line in series for _, y in line.points] + ends + [level.y for level in levels] or [1.0, 10.0]
+    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log or log_x, x_ticks, room=0.06 if log or log_x else 0.0)
     legend = len(series) > 1
     top = 36 + (20 * math.ceil(len(series) / 2) if legend else 0)
     y_axis = _Axis(min(ys), max(ys), HEIGHT - BOTTOM, top, log, (), room=0.09)
@@ -94,6 +99,11 @@ def line_plot(
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in line.points]
         if places:
             parts.append(_stroke("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places), index))
+        for (x, _y), (_, value), error in zip(places, line.points, line.errors, strict=False):
+            if error > 0 and (value > error or not log):
+                low, high = y_axis.place(value - error), y_axis.place(value + error)
+                bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8"
+                parts.append(f'<path d="{bar}" fill="none" stroke="{_colour(index)}" stroke-width="1.4"/>')
         if line.markers:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_colour(index)}"/>' for x, y in places]
         for (x, y), label in zip(places, line.labels, strict=False):
@@ -188,13 +198,15 @@ class _Axis:
         return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _drawable(line: Series, log: bool) -> tuple[list[tuple[float, float]], list[str]]:
+def _drawable(line: Series, log_x: bool, log_y: bool) -> Series:
     keep = [
         index
         for index, (x, y) in enumerate(line.points)
-        if math.isfinite(x) and math.isfinite(y) and (not log or (x > 0 and y > 0))
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)
     ]
-    return [line.points[index] for index in keep], [line.labels[index] for index in keep if index < len(line.labels)]
+    labels = [line.labels[index] for index in keep if index < len(line.labels)]
+    errors = [line.errors[index] for index in keep if index < len(line.errors)]
+    return Series(line.name, [line.points[index] for index in keep], labels, line.markers, errors)
 
 
 def _colour(index: int) -> str:
