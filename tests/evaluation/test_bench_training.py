@@ -62,7 +62,7 @@ def test_flops_of_a_step_are_three_times_those_of_the_products(small: dict[str, 
     per_token = 2 * (4 + 8) * width**2  # a block's products
     attention = 2 * 2 * n * n * width
     once = 2 * (6 * width**2) * 2 + 2 * (2 * width**2) + 2 * width * (256 + width)  # a picture's: adaLN, the time's
-    ends = 2 * (2 * 8 * width + width * 16) // 2  # a token's: 8 channels in, 16 out
+    ends = 2 * (8 * width + width * 16)  # a token's: 8 channels in, 16 out
     forward = batch * (2 * (n * per_token + attention) + once + n * ends)
     found = systems(TrainingConfig(**small))["generator"].flops()
     inputs_without_gradient = batch * (n * 2 * 8 * width + 2 * width * 256)  # of the first products
