@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import training_process
 from safetensors.torch import load_file
 
 from textok_fast import DiT, InputError, TexTok
+from textok_fast.cli import _parse
 from textok_fast.config import DiscriminatorConfig, DiTConfig, LossConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
 from textok_fast.training import parallel, tokenizer, train_tokenizer
 from textok_fast.training.checkpoints import list_checkpoints
@@ -306,3 +308,58 @@ def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch:
         losses.append(float(loss))
         network.descend(loss, optimizers, 1.0, 1, True)
     assert losses[-1] < 0.8 * losses[0]
+
+
+# -- under Slurm -------------------------------------------------------------------------------------------------------
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > "$WORK/requeued"; fi',
+    "srun": 'shift; exec "$@"',
+    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "makes", "again"),
+    [(0, "run/final", False), (1, "run/checkpoint-000100", True), (1, "", False)],  # done; out of time; something is wrong
+)
+def test_the_slurm_script_starts_torchrun_and_goes_on_while_there_is_progress(
+    tmp_path: Path, status: int, makes: str, again: bool
+) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "train.slurm"
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "run" / "checkpoint-000050").mkdir(parents=True)
+    past = script.stat().st_mtime - 10**6
+    os.utime(tmp_path / "run" / "checkpoint-000050", (past, past))
+    slurm = {"NNODES": 2, "GPUS_ON_NODE": 8, "CPUS_PER_TASK": 64, "JOB_ID": 71234, "JOB_NODELIST": "node[7-8]"}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment |= {"WORK": str(tmp_path), "STATUS": str(status), "MAKES": makes, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    settings = ["train", "tokenizer", f"run.output_dir={tmp_path}/run", "run.parallel=fsdp"]
+    done = subprocess.run(["bash", str(script), *settings], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if again else status), done.stderr
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == f"node7:{20000 + 71234 % 20000}"
+    assert arguments[arguments.index("-m") :] == ["-m", "textok_fast", *settings, "--resume"]
+    assert callable(_parse(arguments[arguments.index("-m") + 2 :]).handler)
+    assert (tmp_path / "requeued").exists() is again
+    from torch.distributed.run import get_args_parser
+
+    known = get_args_parser().parse_args(arguments)
+    assert (known.nnodes, known.nproc_per_node, known.rdzv_backend) == ("2", "8", "c10d")
+
+
+def test_the_launchers_lines_of_the_documentation_are_understood() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    lines = [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(("torchrun ", "accelerate launch "))
+    ]
+    assert len(lines) >= 5
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    for line in lines:
+        parser = get_args_parser() if line[0] == "torchrun" else launch_command_parser()
+        parser.parse_args(line[1:] if line[0] == "torchrun" else line[2:])
+        assert callable(_parse(line[line.index("textok_fast") + 1 :]).handler), line
