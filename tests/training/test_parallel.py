@@ -280,6 +280,22 @@ def test_every_average_has_a_directory(train_config: TrainConfig, tmp_path: Path
     assert len(TexTok.from_pretrained(finals["first", 0.9]).config.latent_std) == 4
 
 
+def test_the_twin_shares_the_frozen_text_encoder_and_nothing_else(make_tokenizer: Callable[..., TexTok]) -> None:
+    tokenizer = make_tokenizer()
+    other = parallel.twin(tokenizer)
+    assert isinstance(other, TexTok) and other.text_encoder is tokenizer.text_encoder
+    places = {tensor.data_ptr() for tensor in [*tokenizer.parameters(), *tokenizer.buffers()]}
+    assert places.isdisjoint(tensor.data_ptr() for tensor in [*other.parameters(), *other.buffers()])
+
+
+def test_other_errors_than_of_lost_processes_pass(tmp_path: Path) -> None:
+    for world, text in ((2, "shapes differ"), (1, "Connection closed by peer")):
+        with pytest.raises(RuntimeError, match=text), parallel.lost_processes(world, tmp_path):
+            raise RuntimeError(text)
+    with pytest.raises(ConnectionError, match="--resume"), parallel.lost_processes(2, tmp_path):
+        raise torch.distributed.DistBackendError("whatever")
+
+
 def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU torchao computes the same roundings in float32 when asked to emulate."""
     float8 = pytest.importorskip("torchao.float8")

@@ -26,7 +26,7 @@ from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.pictures import image_grid
 from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit
-from textok_fast.training.parallel import check_run, join_processes
+from textok_fast.training.parallel import check_run, join_processes, lost_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
 FILE_SOURCES = ("folder", "webdataset")
@@ -149,6 +149,7 @@ def train_generator(
         part=(processes.process_index, processes.num_processes),
         progress=on_cache if processes.is_main_process else None,
     )
-    processes.wait_for_everyone()
+    with lost_processes(processes.num_processes, Path(config.run.output_dir)):
+        processes.wait_for_everyone()
     tokens = TokenDataset(directory)
     return fit(task, tokens, collate_tokens, config, content=tokens.index, resume=resume, progress=progress)

@@ -33,7 +33,7 @@ from textok_fast.files import write_atomically, write_text
 from textok_fast.training.checkpoints import Trained, complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 from textok_fast.training.parallel import (
-    any_of,
+    Vote,
     check_run,
     gathered,
     is_plain,
@@ -214,10 +214,9 @@ def fit(
     run = Path(config.run.output_dir)
     if not resume and (list_checkpoints(run) or (run / "final").exists()):
         raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
-    advice = f"{run} goes on from its last checkpoint with --resume, on as many processes or others"
     with (
         _only_trainer(run) if processes.is_main_process else contextlib.nullcontext(),
-        lost_processes(processes.num_processes, advice),
+        lost_processes(processes.num_processes, run),
     ):
         return _fit(task, dataset, collate, config, content, progress)
 
@@ -304,7 +303,7 @@ def _fit(
             log.picture(step, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
 
     seen, since = 0, time.perf_counter()
-    interrupts = _Interrupts()
+    interrupts, vote = _Interrupts(), Vote(device, world)
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
@@ -350,7 +349,7 @@ def _fit(
             if (step + 1) % run_config.sample_every == 0 and not last:
                 with _averaged(task, averages["ema"], shown, is_main, device):
                     picture(step + 1)
-            if any_of(interrupts.asked, device, world) and not last:
+            if vote.ask(interrupts.asked) and not last:
                 checkpoint(step + 1)
                 raise KeyboardInterrupt
         if done < run_config.steps:

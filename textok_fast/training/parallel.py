@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -282,17 +283,25 @@ def mean_over(values: Mapping[str, Tensor], world: int) -> dict[str, float]:
     return dict(zip(values, (stacked / world).tolist(), strict=True))
 
 
-def any_of(asked: bool, device: torch.device, world: int) -> bool:
-    """Whether it is true on any process."""
-    if world == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag > 0)
+class Vote:
+    """Whether any process has asked for something, as all of them learn it a step later: nobody waits for the device then."""
+
+    def __init__(self, device: torch.device, world: int) -> None:
+        self.device, self.world = device, world
+        self.last: Tensor | None = None
+
+    def ask(self, asked: bool) -> bool:
+        """Every process calls this once a step; the answer is the same on all, that of the step before. One process alone gets
+        its own at once."""
+        if self.world == 1:
+            return asked
+        last, self.last = self.last, torch.full((), float(asked), device=self.device)
+        distributed.all_reduce(self.last, op=distributed.ReduceOp.MAX)
+        return last is not None and bool(last > 0)
 
 
 @contextlib.contextmanager
-def lost_processes(world: int, advice: str) -> Iterator[None]:
+def lost_processes(world: int, run: Path) -> Iterator[None]:
     """What torch raises when another process has gone, or has not answered in time, becomes a ConnectionError that says so."""
     try:
         yield
@@ -302,5 +311,6 @@ def lost_processes(world: int, advice: str) -> Iterator[None]:
         if world == 1 or not (isinstance(error, distributed.DistError) or any(word in text for word in gone)):
             raise
         raise ConnectionError(
-            f"another process of this run has ended or does not answer; {advice} ({text.splitlines()[0].split('. ')[0]})"
+            f"another process of this run has ended or does not answer; {run} goes on from its last checkpoint with --resume, "
+            f"on as many processes or others ({text.splitlines()[0].split('. ')[0]})"
         ) from error
