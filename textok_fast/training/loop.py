@@ -49,6 +49,8 @@ from textok_fast.training.parallel import (
 SHOWN = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 # And how the work is shared, which changes rounding only.
 MAY_CHANGE = (*SHOWN, "gradient_accumulation", "parallel", "compile", "activation_checkpointing", "timeout")
+# Places of frozen networks, whose weights are told by hashes in ``content``.
+PLACES = ("loss.lpips_weights", "loss.lpips_heads", "discriminator.backbone")
 
 
 class Examples(Protocol):
@@ -255,7 +257,7 @@ def _fit(
         trained.networks["critic"], trained.optimizers["critic_optimizer"] = critic.model, critic_optimizers
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = _flat({**settings, "content": {**content, "length": len(dataset)}})
-    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
+    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in (*MAY_CHANGE, *PLACES)}
     checkpoints = list_checkpoints(run)
     processes.wait_for_everyone()  # nobody writes a checkpoint before all have looked
     done = load_checkpoint(checkpoints[-1], trained, expected, _flat(to_dict(type(config)()))) if checkpoints else 0
