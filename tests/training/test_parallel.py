@@ -209,6 +209,13 @@ def test_what_cannot_work_is_refused_with_the_reason(run: dict[str, Any], world:
         parallel.check_run(RunConfig(**run), CPU, world)
 
 
+def test_a_discriminators_groups_must_not_be_cut(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = train_config(tmp_path, {"batch_size": 8, "gradient_accumulation": 4})
+    config.loss, config.discriminator = LossConfig(gan=0.1), DiscriminatorConfig(stddev_group=4)
+    with pytest.raises(InputError, match=r"each of 1 processes passes 2 pictures at once.*stddev_group 4"):
+        train_tokenizer(config, progress=False)
+
+
 def test_fp8_names_the_gpu_that_lacks_it_and_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     run, gpu = RunConfig(mixed_precision="fp8"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
