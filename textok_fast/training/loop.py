@@ -35,6 +35,7 @@ from textok_fast.training.optim import ExponentialMovingAverage, build_optimizer
 from textok_fast.training.parallel import (
     Vote,
     check_run,
+    from_main,
     gathered,
     is_plain,
     join_processes,
@@ -258,11 +259,10 @@ def _fit(
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = _flat({**settings, "content": {**content, "length": len(dataset)}})
     expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in (*MAY_CHANGE, *PLACES)}
-    checkpoints = list_checkpoints(run)
-    processes.wait_for_everyone()  # nobody writes a checkpoint before all have looked
-    done = load_checkpoint(checkpoints[-1], trained, expected, _flat(to_dict(type(config)()))) if checkpoints else 0
+    newest, complete = from_main((next(reversed(list_checkpoints(run)), None), final.exists()), world)
+    done = 0 if newest is None else load_checkpoint(newest, trained, expected, _flat(to_dict(type(config)())))
     result = TrainResult(run, final, read_history(run), is_main)
-    if done == run_config.steps and final.exists():
+    if done == run_config.steps and complete:
         return result
     if is_main:
         write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

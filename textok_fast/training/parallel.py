@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -26,6 +26,8 @@ from textok_fast.errors import InputError
 from textok_fast.modeling.dit import DiTBlock
 from textok_fast.modeling.layers import Attention, CrossAttention, Mlp, ViTBlock
 from textok_fast.ops.device import default_device
+
+T = TypeVar("T")
 
 FP8_CAPABILITY = (8, 9)  # the first compute capability with 8-bit matrix products
 FP8_MULTIPLE = 16  # of both sizes of a matrix that torch's 8-bit product takes
@@ -281,6 +283,15 @@ def mean_over(values: Mapping[str, Tensor], world: int) -> dict[str, float]:
     if world > 1:
         distributed.all_reduce(stacked)
     return dict(zip(values, (stacked / world).tolist(), strict=True))
+
+
+def from_main(value: T, world: int) -> T:
+    """What it is on the main process: others may see a shared directory as it was before, or as it is already."""
+    if world == 1:
+        return value
+    given = [value]
+    distributed.broadcast_object_list(given, src=0)
+    return given[0]
 
 
 class Vote:
