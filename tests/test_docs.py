@@ -237,7 +237,7 @@ def test_the_table_of_losses_is_complete() -> None:
     assert rows.keys() == defaults.keys() | {"kind", "stylegan", "patchgan", "frozen"}
     for name, default in defaults.items():
         said = float(rows[name]) if isinstance(default, float) else rows[name]
-        assert said == (default if isinstance(default, float) else str(default or "none").lower()), name
+        assert said == (default if isinstance(default, float) else ("none" if default == "" else str(default).lower())), name
 
 
 def test_links_inside_the_page_exist() -> None:
