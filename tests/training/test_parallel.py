@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import training_process
 from safetensors.torch import load_file
 
 from textok_fast import DiT, InputError, TexTok
+from textok_fast.cli import _parse
 from textok_fast.config import DiscriminatorConfig, DiTConfig, LossConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
 from textok_fast.training import parallel, tokenizer, train_tokenizer
 from textok_fast.training.checkpoints import list_checkpoints
@@ -125,7 +127,7 @@ def test_processes_train_what_one_trains(
         begun = tmp_path / f"{kind}-begun"
         shutil.copytree(run, begun, ignore=shutil.ignore_patterns("final*", "checkpoint-000006"))
         jobs.append({"kind": kind, "config": settings(begun, parallel="fsdp"), "resume": True})
-    errors = finish(processes := start(jobs, 2), 300)
+    errors = finish(processes := start(jobs, 2), 600)
     assert [process.returncode for process in processes] == [0, 0], errors
     for name, (kind, _) in forms.items():
         assert_same(tmp_path / name, alone[kind])
@@ -149,7 +151,7 @@ def test_of_a_killed_process_the_others_end_and_another_number_goes_on(
     monkeypatch.setattr(tokenizer, "STATISTICS_PICTURES", 64)
     config = settings(tmp_path / "run", parallel="fsdp")
     first, killed = start([{"kind": "tokenizer", "config": config, "die_at": 4}], 2)
-    killed.wait(timeout=240)
+    killed.wait(timeout=600)
     (errors,) = finish([first], 60)  # without a launcher that would end it
     assert (killed.returncode, first.returncode) == (-signal.SIGKILL, 1)
     assert "another process of this run has ended" in errors and "--resume" in errors and "Traceback" not in errors
@@ -205,6 +207,13 @@ def test_all_parts_of_a_step_are_its_batch(world: int, passes: int) -> None:
 def test_what_cannot_work_is_refused_with_the_reason(run: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parallel.check_run(RunConfig(**run), CPU, world)
+
+
+def test_a_discriminators_groups_must_not_be_cut(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = train_config(tmp_path, {"batch_size": 8, "gradient_accumulation": 4})
+    config.loss, config.discriminator = LossConfig(gan=0.1), DiscriminatorConfig(stddev_group=4)
+    with pytest.raises(InputError, match=r"each of 1 processes passes 2 pictures at once.*stddev_group 4"):
+        train_tokenizer(config, progress=False)
 
 
 def test_fp8_names_the_gpu_that_lacks_it_and_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +287,22 @@ def test_every_average_has_a_directory(train_config: TrainConfig, tmp_path: Path
     assert len(TexTok.from_pretrained(finals["first", 0.9]).config.latent_std) == 4
 
 
+def test_the_twin_shares_the_frozen_text_encoder_and_nothing_else(make_tokenizer: Callable[..., TexTok]) -> None:
+    tokenizer = make_tokenizer()
+    other = parallel.twin(tokenizer)
+    assert isinstance(other, TexTok) and other.text_encoder is tokenizer.text_encoder
+    places = {tensor.data_ptr() for tensor in [*tokenizer.parameters(), *tokenizer.buffers()]}
+    assert places.isdisjoint(tensor.data_ptr() for tensor in [*other.parameters(), *other.buffers()])
+
+
+def test_other_errors_than_of_lost_processes_pass(tmp_path: Path) -> None:
+    for world, text in ((2, "shapes differ"), (1, "Connection closed by peer")):
+        with pytest.raises(RuntimeError, match=text), parallel.lost_processes(world, tmp_path):
+            raise RuntimeError(text)
+    with pytest.raises(ConnectionError, match="--resume"), parallel.lost_processes(2, tmp_path):
+        raise torch.distributed.DistBackendError("whatever")
+
+
 def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU torchao computes the same roundings in float32 when asked to emulate."""
     float8 = pytest.importorskip("torchao.float8")
@@ -303,6 +328,61 @@ def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch:
     losses = []
     for _ in range(8):
         loss = (network.forward(x, t, y) - x).square().mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         network.descend(loss, optimizers, 1.0, 1, True)
     assert losses[-1] < 0.8 * losses[0]
+
+
+# -- under Slurm -------------------------------------------------------------------------------------------------------
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > "$WORK/requeued"; fi',
+    "srun": 'shift; exec "$@"',
+    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "makes", "again"),
+    [(0, "run/final", False), (1, "run/checkpoint-000100", True), (1, "", False)],  # done; out of time; something is wrong
+)
+def test_the_slurm_script_starts_torchrun_and_goes_on_while_there_is_progress(
+    tmp_path: Path, status: int, makes: str, again: bool
+) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "train.slurm"
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "run" / "checkpoint-000050").mkdir(parents=True)
+    past = script.stat().st_mtime - 10**6
+    os.utime(tmp_path / "run" / "checkpoint-000050", (past, past))
+    slurm = {"NNODES": 2, "GPUS_ON_NODE": 8, "CPUS_PER_TASK": 64, "JOB_ID": 71234, "JOB_NODELIST": "node[7-8]"}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment |= {"WORK": str(tmp_path), "STATUS": str(status), "MAKES": makes, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    settings = ["train", "tokenizer", f"run.output_dir={tmp_path}/run", "run.parallel=fsdp"]
+    done = subprocess.run(["bash", str(script), *settings], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if again else status), done.stderr
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == f"node7:{20000 + 71234 % 20000}"
+    assert arguments[arguments.index("-m") :] == ["-m", "textok_fast", *settings, "--resume"]
+    assert callable(_parse(arguments[arguments.index("-m") + 2 :]).handler)
+    assert (tmp_path / "requeued").exists() is again
+    from torch.distributed.run import get_args_parser
+
+    known = get_args_parser().parse_args(arguments)
+    assert (known.nnodes, known.nproc_per_node, known.rdzv_backend) == ("2", "8", "c10d")
+
+
+def test_the_launchers_lines_of_the_documentation_are_understood() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    lines = [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(("torchrun ", "accelerate launch "))
+    ]
+    assert len(lines) >= 5
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    for line in lines:
+        parser = get_args_parser() if line[0] == "torchrun" else launch_command_parser()
+        parser.parse_args(line[1:] if line[0] == "torchrun" else line[2:])
+        assert callable(_parse(line[line.index("textok_fast") + 1 :]).handler), line

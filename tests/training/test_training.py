@@ -143,10 +143,12 @@ def interrupt_at_step(patched: pytest.MonkeyPatch, at: int, number: signal.Signa
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.terminate()  # torchrun passes it on
+            raise AssertionError(process.communicate()[1])
         time.sleep(0.002)
 
 

@@ -28,7 +28,7 @@ from textok_fast.modeling.tokenizer import TexTok, from_uint8
 from textok_fast.modeling.vision_encoders import AlignedDiT, VisionEncoder, alignment_loss
 from textok_fast.pictures import image_grid
 from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit
-from textok_fast.training.parallel import check_run, join_processes
+from textok_fast.training.parallel import check_run, join_processes, lost_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
 FILE_SOURCES = ("folder", "webdataset", "huggingface")
@@ -212,7 +212,8 @@ def train_generator(
         part=(processes.process_index, processes.num_processes),
         progress=on_cache if processes.is_main_process else None,
     )
-    processes.wait_for_everyone()
+    with lost_processes(processes.num_processes, Path(config.run.output_dir)):
+        processes.wait_for_everyone()
     tokens = TokenDataset(directory)
     options: dict[str, Any] = {"content": tokens.index, "resume": resume, "progress": progress}
     if not task.needs_pictures:

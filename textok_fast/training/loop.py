@@ -34,8 +34,9 @@ from textok_fast.files import write_atomically, write_text
 from textok_fast.training.checkpoints import Trained, complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 from textok_fast.training.parallel import (
-    any_of,
+    Vote,
     check_run,
+    from_main,
     gathered,
     is_plain,
     join_processes,
@@ -50,6 +51,8 @@ from textok_fast.training.parallel import (
 SHOWN = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 # And how the work is shared, which changes rounding only.
 MAY_CHANGE = (*SHOWN, "gradient_accumulation", "parallel", "compile", "activation_checkpointing", "timeout")
+# Places of frozen networks, whose weights are told by hashes in ``content``.
+PLACES = ("loss.lpips_weights", "loss.lpips_heads", "discriminator.backbone")
 
 
 class Examples(Protocol):
@@ -234,10 +237,9 @@ def fit(
     run = Path(config.run.output_dir)
     if not resume and (list_checkpoints(run) or (run / "final").exists()):
         raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
-    advice = f"{run} goes on from its last checkpoint with --resume, on as many processes or others"
     with (
         _only_trainer(run) if processes.is_main_process else contextlib.nullcontext(),
-        lost_processes(processes.num_processes, advice),
+        lost_processes(processes.num_processes, run),
     ):
         return _fit(task, dataset, collate, config, content, progress)
 
@@ -276,12 +278,11 @@ def _fit(
         trained.networks["critic"], trained.optimizers["critic_optimizer"] = critic.model, critic_optimizers
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = _flat({**settings, "content": {**content, "length": len(dataset)}})
-    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
-    checkpoints = list_checkpoints(run)
-    processes.wait_for_everyone()  # nobody writes a checkpoint before all have looked
-    done = load_checkpoint(checkpoints[-1], trained, expected, _flat(to_dict(type(config)()))) if checkpoints else 0
+    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in (*MAY_CHANGE, *PLACES)}
+    newest, complete = from_main((next(reversed(list_checkpoints(run)), None), final.exists()), world)
+    done = 0 if newest is None else load_checkpoint(newest, trained, expected, _flat(to_dict(type(config)())))
     result = TrainResult(run, final, read_history(run), is_main)
-    if done == run_config.steps and final.exists():
+    if done == run_config.steps and complete:
         return result
     if is_main:
         write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -325,7 +326,7 @@ def _fit(
             log.picture(step, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
 
     seen, since = 0, time.perf_counter()
-    interrupts = _Interrupts()
+    interrupts, vote = _Interrupts(), Vote(device, world)
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
@@ -371,7 +372,7 @@ def _fit(
             if (step + 1) % run_config.sample_every == 0 and not last:
                 with _averaged(task, averages["ema"], shown, is_main, device):
                     picture(step + 1)
-            if any_of(interrupts.asked, device, world) and not last:
+            if vote.ask(interrupts.asked) and not last:
                 checkpoint(step + 1)
                 raise KeyboardInterrupt
         if done < run_config.steps:

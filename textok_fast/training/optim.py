@@ -11,9 +11,10 @@ from textok_fast.config import AdamConfig, OptimConfig
 from textok_fast.training.parallel import local, part_like
 
 
-def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: AdamConfig, fused: bool | None = True) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon beside it where ``config`` names it. Every optimizer steps once a step, at the same learning rate.
 
+    ``fused``: of AdamW, its update as one kernel; None leaves that to torch.
     Weight decay is on the linear layers' matrices only, not on biases, norms, embeddings, positions and learned tokens.
     """
     by_muon = isinstance(config, OptimConfig) and config.name == "muon"
@@ -33,7 +34,7 @@ def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.O
                 decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)]
     if muon:
         optimizers.append(
             torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")

@@ -13,7 +13,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,6 +26,8 @@ from textok_fast.errors import InputError
 from textok_fast.modeling.dit import DiTBlock
 from textok_fast.modeling.layers import Attention, CrossAttention, Mlp, ViTBlock
 from textok_fast.ops.device import default_device
+
+T = TypeVar("T")
 
 FP8_CAPABILITY = (8, 9)  # the first compute capability with 8-bit matrix products
 FP8_MULTIPLE = 16  # of both sizes of a matrix that torch's 8-bit product takes
@@ -282,17 +285,34 @@ def mean_over(values: Mapping[str, Tensor], world: int) -> dict[str, float]:
     return dict(zip(values, (stacked / world).tolist(), strict=True))
 
 
-def any_of(asked: bool, device: torch.device, world: int) -> bool:
-    """Whether it is true on any process."""
+def from_main(value: T, world: int) -> T:
+    """What it is on the main process: others may see a shared directory as it was before, or as it is already."""
     if world == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag > 0)
+        return value
+    given = [value]
+    distributed.broadcast_object_list(given, src=0)
+    return given[0]
+
+
+class Vote:
+    """Whether any process has asked for something, as all of them learn it a step later: nobody waits for the device then."""
+
+    def __init__(self, device: torch.device, world: int) -> None:
+        self.device, self.world = device, world
+        self.last: Tensor | None = None
+
+    def ask(self, asked: bool) -> bool:
+        """Every process calls this once a step; the answer is the same on all, that of the step before. One process alone gets
+        its own at once."""
+        if self.world == 1:
+            return asked
+        last, self.last = self.last, torch.full((), float(asked), device=self.device)
+        distributed.all_reduce(self.last, op=distributed.ReduceOp.MAX)
+        return last is not None and bool(last > 0)
 
 
 @contextlib.contextmanager
-def lost_processes(world: int, advice: str) -> Iterator[None]:
+def lost_processes(world: int, run: Path) -> Iterator[None]:
     """What torch raises when another process has gone, or has not answered in time, becomes a ConnectionError that says so."""
     try:
         yield
@@ -302,5 +322,6 @@ def lost_processes(world: int, advice: str) -> Iterator[None]:
         if world == 1 or not (isinstance(error, distributed.DistError) or any(word in text for word in gone)):
             raise
         raise ConnectionError(
-            f"another process of this run has ended or does not answer; {advice} ({text.splitlines()[0].split('. ')[0]})"
+            f"another process of this run has ended or does not answer; {run} goes on from its last checkpoint with --resume, "
+            f"on as many processes or others ({text.splitlines()[0].split('. ')[0]})"
         ) from error
