@@ -37,14 +37,14 @@ from textok_fast.training.generator import GeneratorTask
 
 DATA = DataConfig(source="shapes", image_size=16, objects=8, held_out_objects=4, scene_objects=2)
 LOW = LowResolutionConfig(scale=4, patch_size=2, strength=0.3)  # 4 x 4 pixels: four tokens of twelve numbers
-STEPS = 120
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
 def tokenizer_directory(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer that nobody trained gives tokens that depend on the picture all the same; of unit variance, as trained
     ones."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(text="none")
     dataset = load_dataset(DATA, "train")
     batch = collate([dataset[index] for index in range(64)])
     tokens = tokenizer.encode(batch["images"], batch["captions"]).mode().flatten(0, 1)
@@ -113,8 +113,8 @@ def test_looking_at_the_small_picture_beats_not_looking(trained: dict[str, Any],
     right = error(looks(small, captions, options=options).tokens)
     wrong = error(looks(small.roll(1, 0), captions, options=options).tokens)
     without = error(blind(captions, options=options).tokens)
-    assert right < 0.8 * without
-    assert right < 0.8 * wrong
+    assert right < 0.85 * without
+    assert right < 0.85 * wrong
 
 
 def test_the_pipeline_is_what_was_trained_and_takes_every_form_of_picture(
