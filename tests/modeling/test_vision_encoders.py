@@ -133,16 +133,16 @@ def test_the_head_tells_places_apart_and_can_learn_what_it_is_to_tell() -> None:
     """Tokens that are a mixture of patch features, each feature asked for at its place."""
     torch.manual_seed(0)
     mix = torch.randn(3, 4, 16) / 2
-    head = AlignmentHead(16, 2, 32, 4, 5)
+    head = AlignmentHead(16, 2, 64, 4, 5)
     lift = torch.randn(5, 16) / 2
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.randn(64, 4, 5)
         tokens = torch.einsum("bmd,nmd->bnd", features @ lift, mix)  # (B, 3, 16)
         return tokens, features
 
-    for _ in range(150):
+    for _ in range(200):
         tokens, features = batch()
         loss = alignment_loss(head(tokens), features).mean()
         optimizer.zero_grad()
@@ -152,4 +152,4 @@ def test_the_head_tells_places_apart_and_can_learn_what_it_is_to_tell() -> None:
     with torch.no_grad():
         right = alignment_loss(head(tokens), features).mean()
         elsewhere = alignment_loss(head(tokens), features.roll(1, dims=1)).mean()
-    assert right < -0.3 < -0.1 < elsewhere
+    assert right < -0.5 < -0.2 < elsewhere
