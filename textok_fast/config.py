@@ -282,44 +282,106 @@ class DataConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr.
+class AdamConfig:
+    """AdamW with linear warm-up and a cosine to ``final_lr`` x lr."""
 
-    ``name`` "muon": the blocks' matrices go to Muon (Jordan et al. 2024; torch.optim.Muon, its updates scaled to AdamW's size,
-    so that ``lr`` means the same), everything else to AdamW.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 50
     final_lr: float = 0.02
     grad_clip: float = 1.0  # largest norm of the gradient; 0 clips nothing
-    ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
         for name in ("lr", "weight_decay", "warmup_steps", "final_lr", "grad_clip"):
             _require_range(self, name, 0)
-        _require_range(self, "ema_decay", 0, 1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be in [0, 1), got {self.betas}")
 
 
 @dataclass
+class OptimConfig(AdamConfig):
+    """The optimizer of what a run trains, and the moving average of its weights.
+
+    ``name`` "muon": the blocks' matrices go to Muon (Jordan et al. 2024; torch.optim.Muon, its updates scaled to AdamW's size,
+    so that ``lr`` means the same), everything else to AdamW.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_range(self, "ema_decay", 0, 1)
+
+
+@dataclass
 class LossConfig:
-    """Weights of the tokenizer's loss terms."""
+    """Weights of the tokenizer's loss terms, and what shapes them; a weight of 0 skips its term. docs/training.md has the
+    formulas. ``gan`` above 0 trains a discriminator beside the tokenizer."""
 
     l2: float = 1.0
     gradient: float = 0.0  # l1 between image gradients at three scales: a cheap perceptual stand-in, nothing to download
+    lpips: float = 0.0
+    lpips_weights: str = ""  # VGG16's weights: a file, a directory or a place on the Hub
+    lpips_heads: str = ""  # lpips' linear heads; empty: those in lpips_weights, or those that torchmetrics brings
     kl: float = 1e-6
     codebook: float = 1.0
     commitment: float = 0.25
+    entropy: float = 0.0  # vq, fsq: of a latent's choice of code, minus that of all choices together
+    entropy_diversity: float = 1.0  # what the second of the two counts
+    entropy_temperature: float = 0.01
+    gan: float = 0.0
+    gan_loss: Literal["hinge", "non-saturating"] = "hinge"
+    gan_start: int = 0  # the first step with a discriminator
+    gan_adaptive: bool = True  # ``gan`` times the ratio of the two losses' gradients in the decoder's last layer, as VQGAN
+    gan_adaptive_max: float = 1e4
+    lecam: float = 0.0  # of the discriminator's loss, as r1
+    lecam_decay: float = 0.99
+    r1: float = 0.0
+    r1_interval: int = 16  # the penalty is computed in every so manieth step and counts as often
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _require_range(self, item.name, 0)
+            if isinstance(item.default, (int, float)):
+                _require_range(self, item.name, 0)
+        _require_choice("gan_loss", self.gan_loss, ("hinge", "non-saturating"))
+        for name in ("entropy_temperature", "r1_interval"):
+            _require_positive(self, name)
+        if not self.lecam_decay < 1:
+            raise InputError(f"lecam_decay must be below 1, got {self.lecam_decay}")
+        if not self.gan and (self.lecam or self.r1):
+            raise InputError("loss.lecam and loss.r1 regularise a discriminator: set loss.gan above 0 to train one")
+
+
+@dataclass
+class DiscriminatorConfig:
+    """The network that loss.gan trains against the tokenizer, and its optimizer."""
+
+    # "stylegan": StyleGAN2's, the published kind; "patchgan": pix2pix's; "frozen": heads on a frozen network's features
+    kind: Literal["stylegan", "patchgan", "frozen"] = "stylegan"
+    channel_base: int = 16384  # stylegan: channels at S x S are channel_base / S, at most channel_max
+    channel_max: int = 512
+    stddev_group: int = 4  # stylegan: pictures whose standard deviation is a feature; 0: no such feature
+    channels: int = 64  # patchgan: of the first layer
+    layers: int = 3  # patchgan: that halve the picture
+    backbone: str = ""  # frozen: a vision model of transformers, by directory or Hub id
+    feature_layers: tuple[int, ...] = ()  # frozen: of its hidden states, 0 the first; empty: five, evenly
+    head_kernel: int = 9  # frozen: of a head's convolution along the tokens
+    # Decay, rates and momenta of MAGVIT's discriminator (its beta_1 is 0).
+    optim: AdamConfig = field(
+        default_factory=lambda: AdamConfig(lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=0, final_lr=0.02)
+    )
+
+    def __post_init__(self) -> None:
+        self.feature_layers = tuple(self.feature_layers)
+        _require_choice("kind", self.kind, ("stylegan", "patchgan", "frozen"))
+        for name in ("channel_base", "channel_max", "channels", "layers", "head_kernel"):
+            _require_positive(self, name)
+        _require_range(self, "stddev_group", 0)
+        if self.head_kernel % 2 == 0:
+            raise InputError(f"head_kernel must be odd, got {self.head_kernel}")
 
 
 @dataclass
@@ -355,6 +417,7 @@ class TokenizerTrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     run: RunConfig = field(default_factory=RunConfig)
     caption_dropout: float = 0.1  # chance that a training caption becomes the null caption
 
@@ -364,6 +427,18 @@ class TokenizerTrainConfig:
                 f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} must be equal"
             )
         _require_range(self, "caption_dropout", 0, 1)
+        if self.loss.entropy and self.model.bottleneck not in ("vq", "fsq"):
+            raise InputError(f"loss.entropy is of the choice of codes: model.bottleneck={self.model.bottleneck} has none")
+        if self.loss.r1 and self.discriminator.kind == "frozen":
+            raise InputError(
+                "loss.r1 is for a discriminator that learns all its layers; a frozen one has spectral norms instead"
+            )
+        group = self.discriminator.stddev_group
+        if self.loss.gan and self.discriminator.kind == "stylegan" and group and self.run.batch_size % group:
+            raise InputError(
+                f"run.batch_size {self.run.batch_size} is not a multiple of discriminator.stddev_group {group}; change one of "
+                "them (0: no such feature)"
+            )
 
 
 @dataclass

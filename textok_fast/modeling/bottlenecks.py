@@ -20,10 +20,17 @@ class BottleneckOutput(NamedTuple):
     indices: Tensor | None = None  # (B, N) int64
     mean: Tensor | None = None  # (B, N, d)
     logvar: Tensor | None = None  # (B, N, d)
+    # Minus the squared distance to every code, (B, N, K) each: of the latent for VQ, of each of its d channels for FSQ.
+    affinities: tuple[Tensor, ...] = ()
 
 
 class Bottleneck(nn.Module):
-    """Base class: ``in_dim`` numbers a token come from the encoder, ``dim`` go to the decoder."""
+    """Base class: ``in_dim`` numbers a token come from the encoder, ``dim`` go to the decoder.
+
+    ``with_affinities``: a training pass of VQ and FSQ then also gives the affinities to all codes, for an entropy loss.
+    """
+
+    with_affinities = False
 
     def __init__(self, dim: int, in_dim: int | None = None) -> None:
         super().__init__()
@@ -94,10 +101,18 @@ class VQBottleneck(Bottleneck):
             "commitment": (z - quantized.detach()).square().mean(),
         }
         latents = z + (quantized - z).detach() if self.training else quantized
-        return BottleneckOutput(latents, losses, indices=indices)
+        affinities = (-_squared_distances(z, self.codes()),) if self.training and self.with_affinities else ()
+        return BottleneckOutput(latents, losses, indices=indices, affinities=affinities)
 
     def latents_from_indices(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codes())
+
+
+def _squared_distances(z: Tensor, codes: Tensor) -> Tensor:
+    """z (B, N, d), codes (K, d) -> (B, N, K) in float32."""
+    z, codes = z.float(), codes.float()
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16 products would swallow the differences of near codes
+        return z.square().sum(-1, keepdim=True) - 2 * z @ codes.T + codes.square().sum(-1)
 
 
 class FSQBottleneck(Bottleneck):
@@ -135,9 +150,15 @@ class FSQBottleneck(Bottleneck):
         with torch.no_grad():
             digits = (values + half_width).long()  # (B, N, d) in [0, L)
             indices = (digits * self.basis).sum(-1)  # (B, N)
+        affinities: tuple[Tensor, ...] = ()
         if self.training:
             values = bounded + (values - bounded).detach()  # straight through
-        return BottleneckOutput((values / half_width).to(z.dtype), {}, indices=indices)
+            if self.with_affinities:  # each channel's, in the decoder's units
+                sizes, halves = self.levels.tolist(), half_width.tolist()
+                steps = [(torch.arange(size, device=z.device) - half) / half for size, half in zip(sizes, halves, strict=True)]
+                channels = (bounded / half_width).unsqueeze(-1).unbind(-2)  # d times (B, N, 1)
+                affinities = tuple(-(channel - step).square() for channel, step in zip(channels, steps, strict=True))
+        return BottleneckOutput((values / half_width).to(z.dtype), {}, indices=indices, affinities=affinities)
 
     def latents_from_indices(self, indices: Tensor) -> Tensor:
         digits = torch.div(indices.unsqueeze(-1), self.basis, rounding_mode="floor") % self.levels  # (B, N, d)

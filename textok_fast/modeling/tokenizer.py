@@ -230,6 +230,12 @@ class TexTok(PretrainedMixin, nn.Module):
         bottleneck = self.bottleneck(self.encoder(pixels, text), noise)
         return TexTokOutput(self.decoder(bottleneck.latents, text), bottleneck)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The matrix behind the pixels, (3 p p, D), or that of the convolution over them."""
+        layer = self.decoder.to_pixels if self.decoder.conv_out is None else self.decoder.conv_out
+        return layer.weight
+
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Stores the measured mean and standard deviation (d,) of the raw latents in the module and its configuration."""
         self.latent_mean.copy_(mean)

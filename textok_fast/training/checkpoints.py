@@ -1,8 +1,9 @@
 """Checkpoints: a directory a step, complete or absent.
 
-checkpoint-000500/ holds model.safetensors, ema.safetensors, optimizer.pt (read with ``weights_only=True``) and state.json. It
-is written under a temporary name and renamed when everything is on the disk, so a killed run leaves no half checkpoint. Random
-numbers need no saving: those of step k are drawn from a generator seeded by the run's seed and k.
+checkpoint-000500/ holds model.safetensors, ema.safetensors, optimizer.pt (read with ``weights_only=True``) and state.json, and
+critic.safetensors and critic_optimizer.pt of a run that trains a critic beside its model. It is written under a temporary name
+and renamed when everything is on the disk, so a killed run leaves no half checkpoint. Random numbers need no saving: those of
+step k are drawn from a generator seeded by the run's seed and k.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from textok_fast.files import save_state, save_tensors, write_text
 from textok_fast.modeling.saving import load_state
 from textok_fast.training.optim import ExponentialMovingAverage
 
+Trained = tuple[nn.Module, Sequence[torch.optim.Optimizer]]  # a network and its optimizers
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -37,18 +39,25 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
     keep: int,
+    critic: Trained | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step`` finished steps and removes all but the newest ``keep``."""
     final = run / f"checkpoint-{step:06d}"
     with complete_directory(final) as directory:
-        weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-        save_tensors(weights, directory / "model.safetensors")
+        save_tensors(_weights(model), directory / "model.safetensors")
         save_tensors({key: value.contiguous() for key, value in ema.state_dict().items()}, directory / "ema.safetensors")
         save_state([optimizer.state_dict() for optimizer in optimizers], directory / "optimizer.pt")
+        if critic is not None:
+            save_tensors(_weights(critic[0]), directory / "critic.safetensors")
+            save_state([optimizer.state_dict() for optimizer in critic[1]], directory / "critic_optimizer.pt")
         write_text(directory / "state.json", json.dumps({"step": step, **state}))
     for old in list_checkpoints(run)[:-keep]:
         _remove(old)
     return final
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().contiguous() for key, value in model.state_dict().items()}
 
 
 @contextlib.contextmanager
@@ -86,6 +95,7 @@ def load_checkpoint(
     ema: ExponentialMovingAverage,
     optimizers: Sequence[torch.optim.Optimizer],
     expected: dict[str, Any],
+    critic: Trained | None = None,
 ) -> int:
     """Restores everything and returns the number of finished steps.
 
@@ -97,6 +107,9 @@ def load_checkpoint(
         weights = load_file(path / "model.safetensors")
         averages: dict[str, Tensor] = load_file(path / "ema.safetensors")
         moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if critic is not None:
+            critic_weights = load_file(path / "critic.safetensors")
+            moments += torch.load(path / "critic_optimizer.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
             f"cannot read the checkpoint {path}: {(str(error) or type(error).__name__).splitlines()[0]}; "
@@ -109,6 +122,9 @@ def load_checkpoint(
             )
     load_state(model, weights, str(path))
     ema.load_state_dict(averages)
+    if critic is not None:
+        load_state(critic[0], critic_weights, str(path / "critic.safetensors"))
+        optimizers = [*optimizers, *critic[1]]
     for optimizer, state_dict in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict(state_dict)
     return int(state["step"])

@@ -27,7 +27,7 @@ from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8
 from textok_fast.modeling.vision_encoders import AlignedDiT, VisionEncoder, alignment_loss
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
 FILE_SOURCES = ("folder", "webdataset")
@@ -41,6 +41,8 @@ class GeneratorTask:
     With ``low_resolution`` a small picture guides it always: guidance is by the caption alone. With ``alignment`` a frozen
     network sees the clean picture, and ``model`` is an :class:`AlignedDiT` around the generator.
     """
+
+    critic: Critic | None = None
 
     def __init__(self, config: GeneratorTrainConfig, tokenizer: TexTok) -> None:
         self.config, self.tokenizer = config, tokenizer

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from textok_fast.config import OptimConfig, RunConfig, to_dict
+from textok_fast.config import AdamConfig, OptimConfig, RunConfig, to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically, write_text
 from textok_fast.ops.device import default_device
@@ -46,11 +46,43 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Critic(Protocol):
+    """A network trained against a task's model, on the same micro-batches: its optimizers step after the model's.
+
+    The task's loss reads the bare network, with its parameters held fixed, and leaves here what the critic's own loss reads.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; what else must survive in checkpoints lies in its buffers."""
+        ...
+
+    @property
+    def optim(self) -> AdamConfig: ...
+
+    @property
+    def start(self) -> int:
+        """The first step that trains it."""
+        ...
+
+    def loss(self, model: nn.Module, rng: StepRandom) -> dict[str, Tensor]:
+        """Scalars by name, on what the task's loss of this micro-batch left; "loss" is the one to minimise. ``model`` may be
+        wrapped for distribution."""
+        ...
+
+    def end_step(self) -> None:
+        """Called on every process after the optimizers' step."""
+        ...
+
+
 class Task(Protocol):
     """What is trained: a model, its loss, and what to show and keep of it."""
 
     @property
     def model(self) -> nn.Module: ...
+
+    @property
+    def critic(self) -> Critic | None: ...
 
     def loss(self, model: nn.Module, batch: dict[str, Any], rng: StepRandom) -> dict[str, Tensor]:
         """Scalars by name for one batch; "loss" is the one to minimise. ``model`` may be wrapped for distribution."""
@@ -77,6 +109,7 @@ class StepRandom:
 
     def __init__(self, seed: int, step: int, micro_step: int, rank: int, world: int, device: torch.device) -> None:
         self.generator = seeded_generator(seed, step, micro_step)
+        self.step = step
         self.rank, self.world, self.device = rank, world, device
 
     def normal(self, *shape: int) -> Tensor:
@@ -199,16 +232,23 @@ def _fit(
     settings = to_dict(config)
     task.model.to(device).train()
     optimizers = build_optimizers(task.model, optim_config)
+    critic = task.critic
+    critic_optimizers = [] if critic is None else build_optimizers(critic.model.to(device).train(), critic.optim)
+    adversary = None if critic is None else (critic.model, critic_optimizers)
     ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = _flat({**settings, "content": {**content, "length": len(dataset)}, "processes": world})
     expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
     checkpoints = list_checkpoints(run)
-    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected) if checkpoints else 0
+    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected, adversary) if checkpoints else 0
     result = TrainResult(run, final, read_history(run), accelerator.is_main_process)
     if done == run_config.steps and final.exists():
         return result
     model, *prepared = accelerator.prepare(task.model, *optimizers)
+    networks = [model]
+    if critic is not None:
+        critic_model, *critic_prepared = accelerator.prepare(critic.model, *critic_optimizers)
+        networks.append(critic_model)
     if accelerator.is_main_process:
         write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
@@ -245,36 +285,48 @@ def _fit(
     def checkpoint(step: int) -> None:
         if accelerator.is_main_process:
             bare = accelerator.unwrap_model(model)
-            save_checkpoint(run, step, bare, ema, optimizers, expected, run_config.keep_checkpoints)
+            save_checkpoint(run, step, bare, ema, optimizers, expected, run_config.keep_checkpoints, adversary)
 
     def stop_asked() -> bool:
         if world == 1:
             return interrupts.asked
         return bool(accelerator.reduce(torch.tensor(float(interrupts.asked), device=device), "sum") > 0)
 
+    def descend(network: nn.Module, loss: Tensor, optimizers: list[Any], grad_clip: float) -> None:
+        accelerator.backward(loss)
+        if accelerator.sync_gradients and grad_clip:
+            accelerator.clip_grad_norm_(network.parameters(), grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
     seen, since = 0, time.perf_counter()
     interrupts = _Interrupts()
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
-            for group in (group for optimizer in prepared for group in optimizer.param_groups):
-                group["lr"] = rate
+            _set_rate(prepared, rate)
+            opposed = critic is not None and step >= critic.start
+            if critic is not None and opposed:  # its warm-up and cosine begin with it
+                _set_rate(critic_prepared, learning_rate(step - critic.start, run_config.steps - critic.start, critic.optim))
             means: dict[str, Tensor] = {}  # of the terms over the micro-batches
             for micro in range(per_step):
                 batch = next(loader)
                 rng = StepRandom(run_config.seed, step, micro, rank, world, device)
-                with accelerator.accumulate(model):
+                with accelerator.accumulate(*networks):
                     with accelerator.autocast():
                         terms = task.loss(model, batch, rng)
-                    accelerator.backward(terms["loss"])
-                    if accelerator.sync_gradients and optim_config.grad_clip:
-                        accelerator.clip_grad_norm_(model.parameters(), optim_config.grad_clip)
-                    for optimizer in prepared:
-                        optimizer.step()
-                        optimizer.zero_grad()
+                    descend(model, terms["loss"], prepared, optim_config.grad_clip)
+                    if critic is not None and opposed:
+                        with accelerator.autocast():
+                            critic_terms = critic.loss(critic_model, rng)
+                        descend(critic_model, critic_terms["loss"], critic_prepared, critic.optim.grad_clip)
+                        terms |= {f"critic_{name}": value for name, value in critic_terms.items()}
                 for name, value in terms.items():
                     means[name] = means.get(name, torch.zeros((), device=device)) + value.detach() / per_step
                 seen += run_config.batch_size * world
+            if critic is not None and opposed:
+                critic.end_step()
             ema.update(task.model, step)
             last = step + 1 == run_config.steps
             if (step + 1) % run_config.log_every == 0 or last:
@@ -312,6 +364,11 @@ def _fit(
             task.finish(directory)
     accelerator.wait_for_everyone()
     return dataclasses.replace(result, history=read_history(run))
+
+
+def _set_rate(optimizers: list[Any], rate: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from textok_fast.config import OptimConfig
+from textok_fast.config import AdamConfig, OptimConfig
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon beside it for ``config.name`` "muon". Every optimizer steps once a step, at the same learning rate.
+def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon beside it where ``config`` names it. Every optimizer steps once a step, at the same learning rate.
 
     Weight decay is on the linear layers' matrices only, not on biases, norms, embeddings, positions and learned tokens.
     """
+    by_muon = isinstance(config, OptimConfig) and config.name == "muon"
     in_blocks = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
     muon: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -25,7 +26,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
                 continue
             if not (isinstance(module, nn.Linear) and name == "weight"):
                 plain.append(parameter)
-            elif config.name == "muon" and id(parameter) in in_blocks:
+            elif by_muon and id(parameter) in in_blocks:
                 muon.append(parameter)
             else:
                 decayed.append(parameter)
@@ -39,7 +40,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     return optimizers
 
 
-def learning_rate(step: int, total: int, config: OptimConfig) -> float:
+def learning_rate(step: int, total: int, config: AdamConfig) -> float:
     """Linear warm-up to ``lr``, then a half cosine down to ``final_lr * lr`` at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

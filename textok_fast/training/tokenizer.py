@@ -15,8 +15,10 @@ from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
+from textok_fast.training.critic import GanCritic
 from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
 from textok_fast.training.losses import tokenizer_loss
+from textok_fast.training.perceptual import load_lpips
 
 STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones whatever the batch size
 
@@ -27,9 +29,13 @@ class TokenizerTask:
     def __init__(self, config: TokenizerTrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.model = TexTok(config.model).to(device)
+        self.model.bottleneck.with_affinities = config.loss.entropy > 0
         self.dataset = load_dataset(config.data, "train")
         # Loaded now, so that a missing one is reported before training, and to the model's device.
         self.encoder = None if config.model.text == "none" else self.model.text_encoder
+        weights = config.loss
+        self.perceptual = load_lpips(weights.lpips_weights, weights.lpips_heads).to(device) if weights.lpips else None
+        self.critic = GanCritic(weights, config.discriminator, config.model.image_size) if weights.gan else None
 
     def text(self, captions: list[str], device: torch.device) -> TextFeatures | None:
         return None if self.encoder is None else trim_padding(self.encoder(captions)).to(device)
@@ -40,7 +46,11 @@ class TokenizerTask:
         if text is not None and self.config.caption_dropout:
             text = drop_captions(text, rng.uniform(len(pixels)) < self.config.caption_dropout)
         noise = rng.normal(len(pixels), self.config.model.num_tokens, self.config.model.latent_dim)  # read by KL only
-        return tokenizer_loss(model(pixels, text, noise), pixels, self.config.loss)
+        output = model(pixels, text, noise)
+        opposition = None
+        if self.critic is not None and rng.step >= self.critic.start:
+            opposition = self.critic.oppose(pixels, output.reconstruction)
+        return tokenizer_loss(output, pixels, self.config.loss, self.perceptual, opposition, self.model.last_layer)
 
     def preview(self, rng: StepRandom) -> Image.Image:
         """Eight training pictures above their reconstructions."""
