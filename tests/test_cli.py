@@ -94,7 +94,7 @@ def test_all_commands_are_there() -> None:
     assert {path[0] for path in ALL if path} == names
     assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch")} <= set(ALL)
     assert {path[1] for path in ALL if len(path) > 1 and path[0] == "bench"} == {
-        "speedup", "draw", "steps", "peers", "profile", "parity", "weights", "deploy",
+        "speedup", "draw", "steps", "peers", "profile", "parity", "weights", "deploy", "training",
     }  # fmt: skip
 
 

@@ -657,6 +657,7 @@ STUDIES = {
     "peers": ("compare the engine's step with other engines on the same weights", "tokens=[32] threads=[1]"),
     "profile": ("write a profiler's trace and the table of the kernels that take longest", "size=S"),
     "weights": ("time somebody's weights as their authors run them and in the engine", "weights=runs/sit/generator"),
+    "training": ("time training steps in plain PyTorch, fused and compiled", "tokenizer=tiny generator=tiny"),
     "parity": ("measure what each precision and option changes in a forward pass and in samples", "size=S"),
 }
 

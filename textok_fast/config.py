@@ -309,11 +309,19 @@ class OptimConfig(AdamConfig):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # of the average in final/
+    ema_decays: tuple[float, ...] = ()  # of further averages of the same run, in final-ema-DECAY/ beside it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_range(self, "ema_decay", 0, 1)
+        self.ema_decays = tuple(self.ema_decays)
+        if not all(0 <= decay <= 1 for decay in self.ema_decays):
+            raise InputError(f"ema_decays must be in [0, 1], got {list(self.ema_decays)}")
+        if len({self.ema_decay, *self.ema_decays}) <= len(self.ema_decays):
+            raise InputError(
+                f"ema_decays {list(self.ema_decays)} must differ from each other and from ema_decay {self.ema_decay}"
+            )
 
 
 @dataclass
@@ -386,13 +394,22 @@ class DiscriminatorConfig:
 
 @dataclass
 class RunConfig:
-    """What every training run shares. ``batch_size`` is per process and per accumulation step."""
+    """What every training run shares.
+
+    ``batch_size`` is the whole step's: processes x ``gradient_accumulation`` must divide it, and each of these parts is one
+    forward pass. So a run is the same, up to rounding, on any number of processes, and can be continued on another one.
+    docs/training.md says which of these settings go together.
+    """
 
     output_dir: str = "runs/textok"
     steps: int = 1000
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    batch_size: int = 32  # pictures a step, those of all processes together
+    gradient_accumulation: int = 1  # passes a step in which each process computes its share, for memory
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: whole weights on each, or a part of them (FSDP2)
+    mixed_precision: Literal["no", "bf16", "fp8"] = "no"  # fp8: bf16, and the blocks' products in 8 bits by torchao
+    compile: bool = False  # the transformer blocks through torch.compile
+    activation_checkpointing: bool = False  # blocks keep their inputs and run again in the backward pass, for memory
+    timeout: float = 1800.0  # seconds that a process waits for the others before it gives up
     seed: int = 0
     workers: int = 0  # data-loader processes
     log_every: int = 20
@@ -405,6 +422,7 @@ class RunConfig:
         every = ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
         for name in ("steps", "batch_size", "gradient_accumulation", *every):
             _require_positive(self, name)
+        _require_positive(self, "timeout")
         for name in ("seed", "workers"):
             _require_range(self, name, 0)
 

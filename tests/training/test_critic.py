@@ -134,7 +134,7 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(train_config: TrainConfig, tmp_
 def test_accumulated_micro_batches_are_one_batch(train_config: TrainConfig, tmp_path: Path) -> None:
     tasks = []
     for parts in (1, 2):
-        run = {"steps": 4, "batch_size": 8 // parts, "gradient_accumulation": parts}
+        run = {"steps": 4, "batch_size": 8, "gradient_accumulation": parts}
         tasks.append(train(train_config(tmp_path / str(parts), run))[0])
     assert [task.critic.seen for task in tasks] == [[2, 3], [2, 2, 3, 3]]
     assert [int(task.critic.model.steps) for task in tasks] == [2, 2]

@@ -143,13 +143,14 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, flo
     return max(time.perf_counter() - wall, 1e-9), time.process_time() - processor
 
 
-def count_flops(fn: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products, convolutions and attention that ``fn`` runs (1 multiply-add = 2 FLOP).
+def count_flops(fn: Callable[[], Any], backward: bool = False) -> int:
+    """FLOPs of the matrix products, convolutions and attention that ``fn`` runs (1 multiply-add = 2 FLOP), with ``backward``
+    those of a backward pass that it makes as well.
 
     Counted by torch.utils.flop_counter. Attention runs on the plain kernel meanwhile: the counter does not see into the fused
     CPU one and would leave out a third of a 4,096-token step. ``fn`` may run on the meta device, where it costs nothing.
     """
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(not backward), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         fn()
     return int(counter.get_total_flops())
 

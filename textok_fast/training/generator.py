@@ -27,7 +27,8 @@ from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8
 from textok_fast.modeling.vision_encoders import AlignedDiT, VisionEncoder, alignment_loss
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit
+from textok_fast.training.parallel import check_run, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
 FILE_SOURCES = ("folder", "webdataset")
@@ -186,7 +187,8 @@ def train_generator(
 
     ``on_cache`` is called with (pictures encoded, in all). See :func:`textok_fast.training.loop.fit`.
     """
-    processes = join_processes()
+    processes = join_processes(config.run.timeout)
+    check_run(config.run, processes.device, processes.num_processes)
     torch.manual_seed(config.run.seed)  # the initial weights
     tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
     task = GeneratorTask(config, tokenizer)

@@ -1,8 +1,8 @@
-"""The training loop that the tokenizer and the generator share, on Hugging Face Accelerate.
+"""The training loop that the tokenizer and the generator share.
 
-One process or many (``accelerate launch``, ``torchrun``): ``batch_size`` is each process's, so the global batch grows with
-their number; the same global batch gives the same run however many share it, up to rounding. Batches and random numbers are
-functions of (seed, step) alone, which makes a resumed run continue bit for bit on a CPU.
+One process or many (``accelerate launch``, ``torchrun``, ``srun``; :mod:`.parallel`): ``batch_size`` is the whole step's, and a
+run is the same, up to rounding, however many processes and passes share it. Batches and random numbers are functions of
+(seed, step) alone, which makes a resumed run continue bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,12 +30,25 @@ from tqdm import tqdm
 from textok_fast.config import AdamConfig, OptimConfig, RunConfig, to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically, write_text
-from textok_fast.ops.device import default_device
-from textok_fast.training.checkpoints import complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
+from textok_fast.training.checkpoints import Trained, complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
+from textok_fast.training.parallel import (
+    any_of,
+    check_run,
+    gathered,
+    is_plain,
+    join_processes,
+    lost_processes,
+    mean_over,
+    place,
+    precision,
+    twin,
+)
 
-# Fields of RunConfig that a continuation may change: where things are, and what is shown and kept.
-MAY_CHANGE = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+# Fields of RunConfig that a continuation may change: where things are, what is shown and kept.
+SHOWN = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+# And how the work is shared, which changes rounding only.
+MAY_CHANGE = (*SHOWN, "gradient_accumulation", "parallel", "compile", "activation_checkpointing", "timeout")
 
 
 class Examples(Protocol):
@@ -105,52 +118,60 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 
 
 class StepRandom:
-    """The random numbers of one step, drawn on the CPU for the whole global batch and cut to this process's slice."""
+    """The random numbers of one step, drawn on the CPU for its whole batch and cut to one of ``parts`` equal slices of it.
 
-    def __init__(self, seed: int, step: int, micro_step: int, rank: int, world: int, device: torch.device) -> None:
-        self.generator = seeded_generator(seed, step, micro_step)
+    ``stream``: another number, other random numbers.
+    """
+
+    def __init__(self, seed: int, step: int, stream: int, part: int, parts: int, device: torch.device) -> None:
+        self.generator = seeded_generator(seed, step, stream)
         self.step = step
-        self.rank, self.world, self.device = rank, world, device
+        self.part, self.parts, self.device = part, parts, device
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, (B, ...) for this process's B."""
-        return self._slice(torch.randn(shape[0] * self.world, *shape[1:], generator=self.generator), shape[0])
+        """Standard normal, (B, ...) for this part's B."""
+        return self._slice(torch.randn(shape[0] * self.parts, *shape[1:], generator=self.generator), shape[0])
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1)."""
-        return self._slice(torch.rand(shape[0] * self.world, *shape[1:], generator=self.generator), shape[0])
+        return self._slice(torch.rand(shape[0] * self.parts, *shape[1:], generator=self.generator), shape[0])
 
     def integers(self, high: int, count: int) -> Tensor:
         """int64 in [0, high), (count,)."""
-        return self._slice(torch.randint(high, (count * self.world,), generator=self.generator), count)
+        return self._slice(torch.randint(high, (count * self.parts,), generator=self.generator), count)
 
     def _slice(self, values: Tensor, count: int) -> Tensor:
-        return values[self.rank * count : (self.rank + 1) * count].to(self.device)
+        return values[self.part * count : (self.part + 1) * count].to(self.device)
 
 
 class StepBatches(Sampler[list[int]]):
-    """Index batches from ``start`` on: epoch after epoch of seeded permutations, this process's slice of each global batch."""
+    """Index batches of the steps from ``start`` to before ``stop``: epoch after epoch of seeded permutations, cut into whole
+    batches, and of each of these the ``passes`` parts of ``batch_size`` that are this process's: part pass * world + rank."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int) -> None:
-        if length < batch_size * world:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int, passes: int = 1
+    ) -> None:
+        self.whole = batch_size * world * passes
+        if length < self.whole:
             raise InputError(
-                f"the data set has {length} pictures, fewer than the global batch of {batch_size * world}; lower run.batch_size"
+                f"the data set has {length} pictures, fewer than a step's batch of {self.whole}; lower run.batch_size"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.start, self.stop, self.rank, self.world, self.passes = start, stop, rank, world, passes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * self.passes
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.length // (self.batch_size * self.world)
+        per_epoch = self.length // self.whole
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for step in range(self.start, self.stop):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = torch.randperm(self.length, generator=seeded_generator(self.seed, epoch))
-            first = (step % per_epoch) * self.batch_size * self.world + self.rank * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            for index in range(self.passes):
+                first = (step % per_epoch) * self.whole + (index * self.world + self.rank) * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
 
 
 @dataclasses.dataclass
@@ -161,15 +182,6 @@ class TrainResult:
     final: Path
     history: list[dict[str, float]]
     is_main: bool = True  # of several processes one reports
-
-
-def join_processes() -> Any:
-    """This process's ``accelerate.PartialState``: its device, its number, and the others of the same launch."""
-    try:
-        from accelerate import PartialState
-    except ImportError:
-        raise InputError("training needs accelerate: pip install 'textok-fast[train]'") from None
-    return PartialState(cpu=default_device().type == "cpu")
 
 
 def announce(processes: Any, text: str) -> None:
@@ -197,11 +209,16 @@ def fit(
     Raises InputError when the directory holds a run and ``resume`` is not set, a run with other settings or other data, or one
     that another process is training.
     """
-    processes = join_processes()
+    processes = join_processes(config.run.timeout)
+    check_run(config.run, processes.device, processes.num_processes)
     run = Path(config.run.output_dir)
     if not resume and (list_checkpoints(run) or (run / "final").exists()):
         raise InputError(f"{run} already holds a run; add --resume to continue it, or choose another run.output_dir")
-    with _only_trainer(run) if processes.is_main_process else contextlib.nullcontext():
+    advice = f"{run} goes on from its last checkpoint with --resume, on as many processes or others"
+    with (
+        _only_trainer(run) if processes.is_main_process else contextlib.nullcontext(),
+        lost_processes(processes.num_processes, advice),
+    ):
         return _fit(task, dataset, collate, config, content, progress)
 
 
@@ -213,54 +230,51 @@ def _fit(
     content: Mapping[str, Any],
     progress: bool,
 ) -> TrainResult:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     run_config: RunConfig = config.run
     optim_config: OptimConfig = config.optim
     run = Path(run_config.output_dir)
     final = run / "final"
-    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
-    accelerator = Accelerator(
-        mixed_precision=run_config.mixed_precision,
-        gradient_accumulation_steps=run_config.gradient_accumulation,
-        cpu=default_device().type == "cpu",
-    )
+    processes = join_processes(run_config.timeout)
     set_seed(run_config.seed)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    rank, world, device = processes.process_index, processes.num_processes, processes.device
+    is_main, passes = processes.is_main_process, run_config.gradient_accumulation
     settings = to_dict(config)
-    task.model.to(device).train()
+    # Whole weights are shown and saved by a network that nothing has been done to.
+    shown = None if is_plain(run_config, world) or not is_main else twin(task.model)
+    network = place(task.model, run_config, device, world)
     optimizers = build_optimizers(task.model, optim_config)
-    critic = task.critic
-    critic_optimizers = [] if critic is None else build_optimizers(critic.model.to(device).train(), critic.optim)
-    adversary = None if critic is None else (critic.model, critic_optimizers)
-    ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
+    averages = {
+        _average_name(decay, optim_config): ExponentialMovingAverage(task.model, decay) for decay in _decays(optim_config)
+    }
+    trained = Trained({"model": task.model}, averages, {"optimizer": optimizers})
+    critic, opponent, critic_optimizers = task.critic, network, []
+    if critic is not None:  # small beside the model, so every process holds all of it
+        opponent = place(critic.model, run_config, device, world, parallel="ddp")
+        critic_optimizers = build_optimizers(critic.model, critic.optim)
+        trained.networks["critic"], trained.optimizers["critic_optimizer"] = critic.model, critic_optimizers
     # What must not change between a run and its continuation, or the two would be no one run.
-    expected = _flat({**settings, "content": {**content, "length": len(dataset)}, "processes": world})
+    expected = _flat({**settings, "content": {**content, "length": len(dataset)}})
     expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
     checkpoints = list_checkpoints(run)
-    done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected, adversary) if checkpoints else 0
-    result = TrainResult(run, final, read_history(run), accelerator.is_main_process)
+    processes.wait_for_everyone()  # nobody writes a checkpoint before all have looked
+    done = load_checkpoint(checkpoints[-1], trained, expected, _flat(to_dict(type(config)()))) if checkpoints else 0
+    result = TrainResult(run, final, read_history(run), is_main)
     if done == run_config.steps and final.exists():
         return result
-    model, *prepared = accelerator.prepare(task.model, *optimizers)
-    networks = [model]
-    if critic is not None:
-        critic_model, *critic_prepared = accelerator.prepare(critic.model, *critic_optimizers)
-        networks.append(critic_model)
-    if accelerator.is_main_process:
+    if is_main:
         write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
-    per_step = run_config.gradient_accumulation
     batches = StepBatches(
         len(dataset),
-        run_config.batch_size,
+        run_config.batch_size // (world * passes),
         run_config.seed,
-        done * per_step,
-        run_config.steps * per_step,
+        done,
+        run_config.steps,
         rank,
         world,
+        passes,
     )
     loader = iter(
         DataLoader(
@@ -271,66 +285,57 @@ def _fit(
             worker_init_fn=_leave_interrupts_to_main,
         )
     )
-    log = _Log(run, done, tensorboard=run_config.tensorboard) if accelerator.is_main_process else None
+    log = _Log(run, done, tensorboard=run_config.tensorboard) if is_main else None
     bar = tqdm(
         total=run_config.steps,
         initial=done,
         desc=run.name,
         unit="step",
-        disable=not (progress and accelerator.is_main_process),
+        disable=not (progress and is_main),
         mininterval=0.5 if sys.stderr.isatty() else 20.0,
         file=sys.stderr,
     )
 
     def checkpoint(step: int) -> None:
-        if accelerator.is_main_process:
-            bare = accelerator.unwrap_model(model)
-            save_checkpoint(run, step, bare, ema, optimizers, expected, run_config.keep_checkpoints, adversary)
+        save_checkpoint(run, step, trained, expected, run_config.keep_checkpoints, is_main)
 
-    def stop_asked() -> bool:
-        if world == 1:
-            return interrupts.asked
-        return bool(accelerator.reduce(torch.tensor(float(interrupts.asked), device=device), "sum") > 0)
-
-    def descend(network: nn.Module, loss: Tensor, optimizers: list[Any], grad_clip: float) -> None:
-        accelerator.backward(loss)
-        if accelerator.sync_gradients and grad_clip:
-            accelerator.clip_grad_norm_(network.parameters(), grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    def picture(step: int) -> None:
+        if log is not None:
+            log.picture(step, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
 
     seen, since = 0, time.perf_counter()
     interrupts = _Interrupts()
     try:
         for step in range(done, run_config.steps):
             rate = learning_rate(step, run_config.steps, optim_config)
-            _set_rate(prepared, rate)
+            _set_rate(optimizers, rate)
             opposed = critic is not None and step >= critic.start
             if critic is not None and opposed:  # its warm-up and cosine begin with it
-                _set_rate(critic_prepared, learning_rate(step - critic.start, run_config.steps - critic.start, critic.optim))
-            means: dict[str, Tensor] = {}  # of the terms over the micro-batches
-            for micro in range(per_step):
-                batch = next(loader)
-                rng = StepRandom(run_config.seed, step, micro, rank, world, device)
-                with accelerator.accumulate(*networks):
-                    with accelerator.autocast():
-                        terms = task.loss(model, batch, rng)
-                    descend(model, terms["loss"], prepared, optim_config.grad_clip)
-                    if critic is not None and opposed:
-                        with accelerator.autocast():
-                            critic_terms = critic.loss(critic_model, rng)
-                        descend(critic_model, critic_terms["loss"], critic_prepared, critic.optim.grad_clip)
-                        terms |= {f"critic_{name}": value for name, value in critic_terms.items()}
+                _set_rate(critic_optimizers, learning_rate(step - critic.start, run_config.steps - critic.start, critic.optim))
+            means: dict[str, Tensor] = {}  # of the terms over the parts
+            for index in range(passes):
+                batch, last_part = next(loader), index == passes - 1
+                rng = StepRandom(run_config.seed, step, 0, index * world + rank, world * passes, device)
+                with network.part(last_part):
+                    with precision(run_config, device):
+                        terms = task.loss(network.forward, batch, rng)
+                    network.descend(terms["loss"], optimizers, optim_config.grad_clip, passes, last_part)
+                if critic is not None and opposed:
+                    with opponent.part(last_part):
+                        with precision(run_config, device):
+                            critic_terms = critic.loss(opponent.forward, rng)
+                        opponent.descend(critic_terms["loss"], critic_optimizers, critic.optim.grad_clip, passes, last_part)
+                    terms |= {f"critic_{name}": value for name, value in critic_terms.items()}
                 for name, value in terms.items():
-                    means[name] = means.get(name, torch.zeros((), device=device)) + value.detach() / per_step
-                seen += run_config.batch_size * world
+                    means[name] = means.get(name, torch.zeros((), device=device)) + value.detach() / passes
+            seen += run_config.batch_size
             if critic is not None and opposed:
                 critic.end_step()
-            ema.update(task.model, step)
+            for average in averages.values():
+                average.update(task.model, step)
             last = step + 1 == run_config.steps
             if (step + 1) % run_config.log_every == 0 or last:
-                values = {name: float(accelerator.reduce(value, "mean")) for name, value in means.items()}
+                values = mean_over(means, world)
                 if not all(abs(value) < float("inf") for value in values.values()):
                     raise InputError(f"the loss is no longer finite at step {step + 1}: {values}; lower optim.lr")
                 now = time.perf_counter()
@@ -342,10 +347,10 @@ def _fit(
             bar.update()
             if (step + 1) % run_config.checkpoint_every == 0 and not last:
                 checkpoint(step + 1)
-            if (step + 1) % run_config.sample_every == 0 and not last and log is not None:
-                with _averaged(task.model, ema):
-                    log.picture(step + 1, task.preview(StepRandom(run_config.seed, step, 0, 0, 1, device)))
-            if stop_asked() and not last:
+            if (step + 1) % run_config.sample_every == 0 and not last:
+                with _averaged(task, averages["ema"], shown, is_main, device):
+                    picture(step + 1)
+            if any_of(interrupts.asked, device, world) and not last:
                 checkpoint(step + 1)
                 raise KeyboardInterrupt
         if done < run_config.steps:
@@ -355,15 +360,24 @@ def _fit(
         bar.close()
         if log is not None:
             log.close()
-    accelerator.wait_for_everyone()
-    ema.copy_to(task.model)
-    task.model.eval()
-    if log is not None:
-        log.picture(run_config.steps, task.preview(StepRandom(run_config.seed, run_config.steps, 0, 0, 1, device)))
-        with complete_directory(final) as directory:
-            task.finish(directory)
-    accelerator.wait_for_everyone()
+    for name, average in reversed(averages.items()):  # final/ says that all is there
+        with _averaged(task, average, shown, is_main, device):
+            if name == "ema":
+                picture(run_config.steps)
+            if is_main:
+                with complete_directory(run / f"final{name.removeprefix('ema') and f'-{name}'}") as directory:
+                    task.finish(directory)
+    processes.wait_for_everyone()
     return dataclasses.replace(result, history=read_history(run))
+
+
+def _decays(config: OptimConfig) -> tuple[float, ...]:
+    return (config.ema_decay, *config.ema_decays)
+
+
+def _average_name(decay: float, config: OptimConfig) -> str:
+    """Of its file in checkpoints, and behind "final-" of its directory."""
+    return "ema" if decay == config.ema_decay else f"ema-{decay}"
 
 
 def _set_rate(optimizers: list[Any], rate: float) -> None:
@@ -434,22 +448,39 @@ class _Interrupts:
             signal.signal(number, handler)
 
 
-class _averaged:
-    """Inside, the model holds the averaged weights and is in eval mode."""
+@contextlib.contextmanager
+def _averaged(
+    task: Task, average: ExponentialMovingAverage, shown: nn.Module | None, is_main: bool, device: torch.device
+) -> Iterator[None]:
+    """Inside, ``task.model`` of the main process holds averaged weights and is in eval mode; every process calls this.
 
-    def __init__(self, model: nn.Module, ema: ExponentialMovingAverage) -> None:
-        self.model, self.ema = model, ema
+    It is ``shown``, where there is one, and the trained model otherwise.
+    """
+    values = gathered(average.state_dict(), is_main)
+    if not is_main:
+        yield
+        return
+    trained = task.model
+    held = trained if shown is None else shown.to(device)
+    kept = {name: parameter.detach().clone() for name, parameter in held.named_parameters()} if shown is None else {}
+    _overwrite(held.named_parameters(), values)
+    if shown is not None:
+        _overwrite(held.named_buffers(), dict(trained.named_buffers()))
+    held.eval()
+    setattr(task, "model", held)  # noqa: B010 (a property to readers)
+    try:
+        yield
+    finally:
+        setattr(task, "model", trained)  # noqa: B010
+        _overwrite(held.named_parameters(), kept)
+        held.train() if shown is None else held.cpu()
 
-    def __enter__(self) -> None:
-        self.kept = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self.ema.copy_to(self.model)
-        self.model.eval()
 
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.model.parameters(), self.kept, strict=True):
-                parameter.copy_(value)
-        self.model.train()
+@torch.no_grad()
+def _overwrite(tensors: Iterable[tuple[str, Tensor]], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors:
+        if name in values:
+            tensor.copy_(values[name])
 
 
 class _Log:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.config import AdamConfig, OptimConfig
+from textok_fast.training.parallel import local, part_like
 
 
-def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: AdamConfig, fused: bool | None = True) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon beside it where ``config`` names it. Every optimizer steps once a step, at the same learning rate.
 
+    ``fused``: of AdamW, its update as one kernel; None leaves that to torch.
     Weight decay is on the linear layers' matrices only, not on biases, norms, embeddings, positions and learned tokens.
     """
     by_muon = isinstance(config, OptimConfig) and config.name == "muon"
@@ -32,7 +34,7 @@ def build_optimizers(model: nn.Module, config: AdamConfig) -> list[torch.optim.O
                 decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)]
     if muon:
         optimizers.append(
             torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -50,7 +52,10 @@ def learning_rate(step: int, total: int, config: AdamConfig) -> float:
 
 
 class ExponentialMovingAverage:
-    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first."""
+    """average = decay * average + (1 - decay) * parameter, the decay rising as (1 + n) / (10 + n) at first.
+
+    Of weights that lie in parts on several processes each averages its part.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -61,19 +66,20 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """``step``: updates done before this one."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch._foreach_lerp_(self.averages, parameters, 1 - decay)
+        parameters = [local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        torch._foreach_lerp_([local(average) for average in self.averages], parameters, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """``state``: whole tensors."""
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
+            local(average).copy_(local(part_like(state[name], average)))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the model's parameters with the averages."""
         for parameter, average in zip((p for p in model.parameters() if p.requires_grad), self.averages, strict=True):
-            parameter.copy_(average)
+            local(parameter).copy_(local(average))

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
+from textok_fast.errors import InputError
 from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
 from textok_fast.training.critic import GanCritic
-from textok_fast.training.loop import StepRandom, TrainResult, announce, fit, join_processes
+from textok_fast.training.loop import StepRandom, TrainResult, announce, fit
 from textok_fast.training.losses import tokenizer_loss
+from textok_fast.training.parallel import check_run, join_processes
 from textok_fast.training.perceptual import load_lpips
 
 STATISTICS_PICTURES = 1024  # for the latents' mean and deviation; the same ones whatever the batch size
+STATISTICS_BATCH = 64
 
 
 class TokenizerTask:
@@ -68,7 +71,7 @@ class TokenizerTask:
 @torch.no_grad()
 def measure_latent_statistics(task: TokenizerTask) -> None:
     """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included."""
-    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), task.config.run.batch_size
+    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), STATISTICS_BATCH
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     task.model.eval()
     for first in range(0, pictures, batch_size):
@@ -85,7 +88,15 @@ def measure_latent_statistics(task: TokenizerTask) -> None:
 
 def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
     """Trains a TexTok; the finished model is in ``<output_dir>/final``. See :func:`textok_fast.training.loop.fit`."""
-    processes = join_processes()
+    processes = join_processes(config.run.timeout)
+    check_run(config.run, processes.device, processes.num_processes)
+    part = config.run.batch_size // (processes.num_processes * config.run.gradient_accumulation)
+    group = config.discriminator.stddev_group
+    if config.loss.gan and config.discriminator.kind == "stylegan" and group and part % group:
+        raise InputError(
+            f"each of {processes.num_processes} processes passes {part} pictures at once, which is no multiple of "
+            f"discriminator.stddev_group {group}: change run.batch_size, run.gradient_accumulation or the number of processes"
+        )
     torch.manual_seed(config.run.seed)  # the initial weights
     task = TokenizerTask(config, processes.device)
     announce(processes, task.dataset.describe())

@@ -1,0 +1,308 @@
+"""Training on several processes and in other forms: the same run, whoever computes which part of it and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_process
+from safetensors.torch import load_file
+
+from textok_fast import DiT, InputError, TexTok
+from textok_fast.config import DiscriminatorConfig, DiTConfig, LossConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
+from textok_fast.training import parallel, tokenizer, train_tokenizer
+from textok_fast.training.checkpoints import list_checkpoints
+from textok_fast.training.loop import StepBatches, StepRandom
+from textok_fast.training.optim import build_optimizers
+
+TrainConfig = Callable[..., TokenizerTrainConfig]
+CPU = torch.device("cpu")
+
+
+def start(jobs: list[dict[str, Any]], world: int) -> list[subprocess.Popen[str]]:
+    """Processes that nobody looks after, as of ``srun``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    path = os.pathsep.join(str(Path(__file__).parents[i]) for i in (2, 0))
+    processes = []
+    for rank in range(world):
+        given = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "PYTHONPATH": path}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, training_process.__file__, json.dumps(jobs)],
+                env={**os.environ, **{name: str(value) for name, value in given.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+    """What each wrote on stderr; a process that has not ended by then is a failure."""
+    try:
+        return [process.communicate(timeout=seconds)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def curve(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, wanted: Path, atol: float = 1e-5) -> None:
+    """Loss curves, and every average of the weights."""
+    assert curve(run) == pytest.approx(curve(wanted), rel=1e-5)
+    directories = sorted(path.name for path in wanted.glob("final*"))
+    assert directories == sorted(path.name for path in run.glob("final*"))
+    for name in directories:
+        found, right = (load_file(path / name / "model.safetensors") for path in (run, wanted))
+        assert found.keys() == right.keys()
+        for key, value in right.items():
+            if key.endswith(("qkv.bias", ".kv.bias")):  # a softmax does not see the keys' bias: its gradient is rounding, which
+                continue  # Adam scales up to steps of full size
+            torch.testing.assert_close(found[key], value, atol=atol, rtol=0, msg=f"{name}: {key}")
+
+
+@pytest.fixture(scope="module")
+def settings(train_config: TrainConfig) -> Callable[..., dict[str, Any]]:
+    """A run of 6 steps of 8 pictures, with two averages; "tokenizer" with a discriminator from step 1 on."""
+
+    def make(directory: Path, **run: Any) -> dict[str, Any]:
+        config = train_config(directory, {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "sample_every": 3, **run})
+        # Adam makes steps of the learning rate's size out of the rounding of a gradient that is almost zero.
+        config.optim = OptimConfig(lr=2e-4, warmup_steps=2, ema_decay=0.9, ema_decays=(0.5,))
+        config.loss = LossConfig(gan=0.5, gan_loss="non-saturating", gan_start=1, lecam=0.1, r1=1.0, r1_interval=2)
+        config.discriminator = DiscriminatorConfig(kind="patchgan", channels=8, layers=1)
+        return to_dict(config)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs of one process, by kind."""
+    runs = {kind: tmp_path_factory.mktemp("alone") / kind for kind in ("tokenizer", "denoiser")}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokenizer, "STATISTICS_PICTURES", 64)
+        for kind, run in runs.items():
+            training_process.train(kind, settings(run))
+    return runs
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_processes_train_what_one_trains(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two processes: DDP and FSDP2, passes, recomputation, a critic; a checkpoint of one process continued by two."""
+    part = {"gradient_accumulation": 2, "activation_checkpointing": True}
+    forms: dict[str, tuple[str, dict[str, Any]]] = {
+        "ddp": ("tokenizer", {"parallel": "ddp"}),
+        "fsdp": ("tokenizer", {"parallel": "fsdp"}),
+        "ddp-parts": ("denoiser", {"parallel": "ddp", **part}),
+        "fsdp-parts": ("denoiser", {"parallel": "fsdp", **part}),
+    }
+    jobs = [{"kind": kind, "config": settings(tmp_path / name, **run)} for name, (kind, run) in forms.items()]
+    for kind, run in alone.items():
+        begun = tmp_path / f"{kind}-begun"
+        shutil.copytree(run, begun, ignore=shutil.ignore_patterns("final*", "checkpoint-000006"))
+        jobs.append({"kind": kind, "config": settings(begun, parallel="fsdp"), "resume": True})
+    errors = finish(processes := start(jobs, 2), 300)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for name, (kind, _) in forms.items():
+        assert_same(tmp_path / name, alone[kind])
+        kinds = [{path.name for path in list_checkpoints(run)[-1].iterdir()} for run in (tmp_path / name, alone[kind])]
+        assert kinds[0] == kinds[1] > {"model.safetensors", "ema.safetensors", "ema-0.5.safetensors", "optimizer.pt"}
+    for kind, run in alone.items():
+        assert_same(tmp_path / f"{kind}-begun", run)
+    critics = [
+        load_file(list_checkpoints(run)[-1] / "critic.safetensors") for run in (tmp_path / "fsdp-parts", alone["denoiser"])
+    ]
+    assert int(critics[0]["steps"]) == int(critics[1]["steps"]) == 5
+    torch.testing.assert_close(critics[0]["weight"], critics[1]["weight"], atol=1e-5, rtol=0)
+    assert (tmp_path / "fsdp" / "samples" / "000003.png").exists()
+    assert TexTok.from_pretrained(tmp_path / "fsdp" / "final-ema-0.5").config.latent_std
+
+
+@pytest.mark.slow
+def test_of_a_killed_process_the_others_end_and_another_number_goes_on(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "STATISTICS_PICTURES", 64)
+    config = settings(tmp_path / "run", parallel="fsdp")
+    first, killed = start([{"kind": "tokenizer", "config": config, "die_at": 4}], 2)
+    killed.wait(timeout=240)
+    (errors,) = finish([first], 60)  # without a launcher that would end it
+    assert (killed.returncode, first.returncode) == (-signal.SIGKILL, 1)
+    assert "another process of this run has ended" in errors and "--resume" in errors and "Traceback" not in errors
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-000002", "checkpoint-000004"]
+    training_process.train("tokenizer", settings(tmp_path / "run"), resume=True)  # one process
+    assert_same(tmp_path / "run", alone["tokenizer"])
+
+
+def test_a_checkpoint_of_a_batch_a_process_is_continued(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """As they were written when run.batch_size was a process's: 2 processes x 2 passes x 2 pictures."""
+    run = tmp_path / "run"
+    shutil.copytree(alone["denoiser"], run, ignore=shutil.ignore_patterns("final*", "checkpoint-000006"))
+    file = list_checkpoints(run)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    old = {"run.batch_size": 2, "run.gradient_accumulation": 2, "processes": 2}
+    file.write_text(json.dumps({key: value for key, value in {**state, **old}.items() if key != "loss.kl"}))
+    with pytest.raises(InputError, match=r"run\.batch_size=8, this run has 4"):
+        training_process.train("denoiser", settings(run, batch_size=4), resume=True)
+    training_process.train("denoiser", settings(run), resume=True)
+    assert_same(run, alone["denoiser"], atol=0)
+
+
+@pytest.mark.parametrize(("world", "passes"), [(2, 1), (1, 2), (2, 2)])
+def test_all_parts_of_a_step_are_its_batch(world: int, passes: int) -> None:
+    parts = world * passes
+    alone = list(StepBatches(21, 8, seed=1, start=1, stop=9, rank=0, world=1))  # of two steps an epoch, 5 pictures are left out
+    ranks = [list(StepBatches(21, 8 // parts, 1, 1, 9, rank, world, passes)) for rank in range(world)]
+    for step, wanted in enumerate(alone):
+        order = [ranks[rank][step * passes + index] for index in range(passes) for rank in range(world)]
+        assert list(chain(*order)) == wanted
+    whole = StepRandom(1, 5, 0, 0, 1, CPU).normal(8, 3)
+    assert torch.equal(torch.cat([StepRandom(1, 5, 0, part, parts, CPU).normal(8 // parts, 3) for part in range(parts)]), whole)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run", "world", "message"),
+    [
+        ({"batch_size": 12}, 5, r"12 does not divide over 5 processes.* start 1, 2, 3, 4, 6 or 12 processes, .*batch_size=15"),
+        ({"batch_size": 12, "gradient_accumulation": 4}, 2, "start 1 or 3 processes"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, 1, r"gradient_accumulation to a divisor of 3, .*batch_size=4"),
+        (
+            {"mixed_precision": "fp8"},
+            1,
+            r"fp8 needs a GPU of compute capability 8\.9 or later, this run is on the cpu: use bf16",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(run: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parallel.check_run(RunConfig(**run), CPU, world)
+
+
+def test_fp8_names_the_gpu_that_lacks_it_and_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gpu = RunConfig(mixed_precision="fp8"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(InputError, match=r"NVIDIA A100 has 8\.0: use bf16"):
+        parallel.check_run(run, gpu, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(InputError, match=r"pip install 'textok-fast\[fp8\]'"):
+        parallel.check_run(run, gpu, 1)
+
+
+def test_what_accelerate_was_told_beside_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel.check_run(RunConfig(), CPU, 1)
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(InputError, match=r"run\.parallel=fsdp"):
+            parallel.check_run(RunConfig(), CPU, 1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    parallel.check_run(RunConfig(mixed_precision="bf16"), CPU, 1)
+    with pytest.raises(InputError, match="mixed precision bf16, the run says run.mixed_precision=no"):
+        parallel.check_run(RunConfig(), CPU, 1)
+
+
+@pytest.mark.parametrize("decays", [(0.9,), (0.5, 0.5), (1.5,)])
+def test_averages_that_make_no_sense_are_refused(decays: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="ema_decays"):
+        OptimConfig(ema_decay=0.9, ema_decays=decays)
+
+
+# -- forms of one process ----------------------------------------------------------------------------------------------
+
+
+def test_recomputed_blocks_train_the_same_bits(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path
+) -> None:
+    training_process.train("denoiser", settings(tmp_path / "run", activation_checkpointing=True))
+    assert_same(tmp_path / "run", alone["denoiser"], atol=0)
+
+
+def test_blocks_are_compiled_and_what_is_saved_is_not(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, real = [], torch.compile
+
+    def compile_eagerly(function: Any) -> Any:  # inductor takes a minute
+        compiled.append(function)
+        return real(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    training_process.train("denoiser", settings(tmp_path / "run", compile=True, activation_checkpointing=True))
+    assert len(compiled) == 2
+    assert_same(tmp_path / "run", alone["denoiser"])
+
+
+def test_every_average_has_a_directory(train_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "STATISTICS_PICTURES", 8)
+    finals = {}
+    for name, decays in (("first", (0.7, 0.9)), ("second", (0.9, 0.7))):
+        config = train_config(tmp_path / name, {"steps": 30})
+        config.optim.ema_decay, config.optim.ema_decays = decays[0], decays[1:]
+        run = train_tokenizer(config, progress=False).run
+        assert sorted(path.name for path in run.glob("final*")) == ["final", f"final-ema-{decays[1]}"]
+        finals |= {(name, decays[0]): run / "final", (name, decays[1]): run / f"final-ema-{decays[1]}"}
+    weights = {key: load_file(path / "model.safetensors")["encoder.latents"] for key, path in finals.items()}
+    for decay in (0.7, 0.9):  # whichever is first
+        assert torch.equal(weights["first", decay], weights["second", decay])
+    assert not torch.equal(weights["first", 0.7], weights["first", 0.9])
+    assert len(TexTok.from_pretrained(finals["first", 0.9]).config.latent_std) == 4
+
+
+def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torchao computes the same roundings in float32 when asked to emulate."""
+    float8 = pytest.importorskip("torchao.float8")
+    config = float8.Float8LinearConfig
+    monkeypatch.setattr(float8, "Float8LinearConfig", lambda **options: config(emulate=True, **options))
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(width=32, depth=2, heads=2, num_tokens=3, in_channels=4, num_classes=4, learn_sigma=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    plain = parallel.twin(model)
+    names = list(model.state_dict())
+    network = parallel.place(model, RunConfig(mixed_precision="fp8"), CPU, 1)
+    assert list(model.state_dict()) == names
+    of_float8 = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert of_float8 == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert {module.__class__.__name__ for module in plain.modules()}.isdisjoint({"Float8Linear"})
+    x, t, y = torch.randn(8, 3, 4), torch.rand(8), torch.arange(8) % 4
+    out, wanted = network.forward(x, t, y).detach(), plain(x, t, y).detach()
+    error = float((out - wanted).norm() / wanted.norm())
+    assert 1e-4 < error < 0.1
+    optimizers = build_optimizers(model, OptimConfig(lr=1e-2))
+    losses = []
+    for _ in range(8):
+        loss = (network.forward(x, t, y) - x).square().mean()
+        losses.append(float(loss))
+        network.descend(loss, optimizers, 1.0, 1, True)
+    assert losses[-1] < 0.8 * losses[0]
