@@ -141,6 +141,7 @@ def test_the_published_losses_are_all_there() -> None:
 def test_the_small_recipes_run(tmp_path: Path, loads_fake_text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps each, on drawn shapes: the tokenizer, and over its tokens text to image, classes and super-resolution."""
     monkeypatch.setattr(type(loads_fake_text), "dim", 384)  # minilm's
+    monkeypatch.setattr("textok_fast.training.tokenizer.STATISTICS_PICTURES", 32)
     few = ["data.source=shapes", "run.steps=2", "run.batch_size=8", "run.tensorboard=false"]
     settings = [*few, f"run.output_dir={tmp_path / 'tokenizer'}"]
     assert main(["train", "tokenizer", "--recipe", "demo", *settings]) == 0

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -47,8 +47,7 @@ class GeneratorTask:
 
     def __init__(self, config: GeneratorTrainConfig, tokenizer: TexTok) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.dit = DiT(config.model)
-        self.model: nn.Module = self.dit
+        self.model: nn.Module = DiT(config.model)
         self.process = build_process(config.objective, config.model.learn_sigma, config.prediction)
         if isinstance(self.process, FlowMatching):
             self.process.logit_mean, self.process.logit_std = config.logit_mean, config.logit_std
@@ -70,7 +69,12 @@ class GeneratorTask:
         if config.alignment.encoder:
             seen = config.alignment
             self.features = VisionEncoder.load(seen.encoder, seen.image_size, tokenizer.device)
-            self.model = AlignedDiT(self.dit, seen.block, seen.width, self.features.patches, self.features.dim)
+            self.model = AlignedDiT(self.model, seen.block, seen.width, self.features.patches, self.features.dim)
+
+    @property
+    def dit(self) -> DiT:
+        """The generator in ``model``, which is another when averages are shown and saved."""
+        return cast(DiT, self.model.dit if isinstance(self.model, AlignedDiT) else self.model)
 
     @property
     def needs_pictures(self) -> bool:
