@@ -186,7 +186,7 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
         assert main(small(line.replace("image_size=512", "image_size=64"))[0]) == 0, line
 
 
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("engine", "export", "operations", "serving", "weights"))]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("engine", "export", "operations", "serving", "training", "weights"))]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -220,6 +220,17 @@ def test_the_tables_of_export_are_complete() -> None:
     assert set(re.findall(r"^\| `(\w+).onnx` \|", text, flags=re.MULTILINE)) == {
         "encoder", "decoder", "modulation", "step", "forward", "sampler", "text",
     }  # fmt: skip
+
+
+def test_every_recipe_is_in_its_table() -> None:
+    rows = re.findall(r"^\| (`[\w-]+`.*?) \| (x?) ?\| (x?) ?\|", read("docs/training.md", "Recipes"), flags=re.MULTILINE)
+    told: dict[str, tuple[bool, ...]] = {}
+    for names, *sections in rows:
+        first, *more = re.findall(r"`([\w-]+)`", names)
+        for name in (first, *(re.sub(r"-32-", f"-{tokens}-", first) for tokens in more)):
+            told[name] = tuple(bool(section) for section in sections)
+    kinds = {name: config.recipe_sections(name) for name in config.recipe_names()}
+    assert told == {name: ("tokenizer" in found, "generator" in found) for name, found in kinds.items()}
 
 
 def test_tables_are_complete() -> None:
