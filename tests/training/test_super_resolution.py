@@ -160,7 +160,7 @@ def test_the_last_sheet_has_small_pictures_samples_and_what_can_be_reached(train
     assert sheet.size == (8 * 20 + 4, 3 * 20 + 4)
 
 
-def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out: dict[str, Any]) -> None:
+def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out: dict[str, Any], tmp_path: Path) -> None:
     final = trained["looks"][1].final
     pipeline: Any = load_pipeline(final)
     with pytest.raises(InputError, match=r"\(B, 4, 4, 3\)"):
@@ -169,10 +169,20 @@ def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out:
         pipeline(held_out["small"][:3], ["one"])
     with pytest.raises(InputError, match="SuperResolutionPipeline"):
         TextToImagePipeline(pipeline.generator, pipeline.tokenizer, "flow")
+    pytest.importorskip("diffusers")
+    from textok_fast.interop import TexTokPipeline
+
+    with pytest.raises(InputError, match="takes classes or prompts, no pictures"):
+        TexTokPipeline.from_textok(pipeline)
     with pytest.raises(InputError, match="the generator reads 4 of 12"):
         SuperResolutionPipeline(pipeline.generator, pipeline.tokenizer, "flow", size=8, patch_size=2)
     about = json.loads((final / "pipeline.json").read_text())
     assert about["low_resolution"] == {"size": 4, "patch_size": 2}
+    broken = pipeline.save_pretrained(tmp_path / "broken")
+    for sizes in ({}, {"low_resolution": {"size": 4}}, {"low_resolution": {"size": "a", "patch_size": 2}}):
+        (broken / "pipeline.json").write_text(json.dumps({**{k: about[k] for k in about if k != "low_resolution"}, **sizes}))
+        with pytest.raises(InputError, match="does not say which pictures the generator reads"):
+            load_pipeline(broken)
 
 
 def test_sampling_a_folder_of_small_pictures_goes_on_where_it_stopped(
