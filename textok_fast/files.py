@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -56,11 +57,32 @@ def replace_directory(new: Path, directory: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file by :func:`write_atomically`. ``tensors`` must be contiguous and share no memory."""
+    """A safetensors file by :func:`write_atomically`, the same bytes for the same contents.
+
+    ``tensors`` must be contiguous and share no memory.
+    """
     from safetensors.torch import save_file
 
     about = None if metadata is None else dict(metadata)
-    write_atomically(path, lambda target: save_file(dict(tensors), target, metadata=about))
+
+    def write(target: Path) -> None:
+        save_file(dict(tensors), target, metadata=about)
+        if about is not None and len(about) > 1:
+            _sort_metadata(target)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Brings a safetensors header's metadata, which the library writes in any order, into the order of its names."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(data) == length:  # a header of another length would move the tensors
+            file.seek(8)
+            file.write(data)
 
 
 def save_state(state: Any, path: Path) -> None:

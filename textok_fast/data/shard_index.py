@@ -55,8 +55,10 @@ class ShardIndex:
         for name in _STRINGS:
             column = getattr(self, name)
             tensors |= {name: column.data, f"{name}_ends": column.ends}
-        header = {"form": FORM, "size": str(self.size), "skipped": json.dumps(self.skipped), "about": json.dumps(self.about)}
-        data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, header)
+        header = {"form": FORM, "size": self.size, "skipped": self.skipped, "about": self.about}
+        # One entry, because safetensors writes several in any order, and equal indices should be equal bytes.
+        metadata = {"index": json.dumps(header)}
+        data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata)
         return data
 
     @classmethod
@@ -64,7 +66,7 @@ class ShardIndex:
         """ValueError for anything else than what :meth:`to_bytes` gives."""
         try:
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])
             if header["form"] != FORM:
                 raise ValueError(f"its form is {header['form']!r}, wanted {FORM!r}")
             tensors = load(data)
@@ -74,8 +76,8 @@ class ShardIndex:
                 offsets=tensors["offsets"],
                 sizes=tensors["sizes"],
                 size=int(header["size"]),
-                skipped=json.loads(header["skipped"]),
-                about=json.loads(header["about"]),
+                skipped=header["skipped"],
+                about=header["about"],
             )
         except (SafetensorError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"no shard index: {error!r}") from None

@@ -132,7 +132,10 @@ def run_processes(job: EncodeJob, numbers: Sequence[int], done: Done, workers: i
 
 def _run_pool(job: EncodeJob, left: list[int], done: Done, workers: int) -> None:
     """Removes from ``left`` what is finished."""
-    context = multiprocessing.get_context("spawn")  # a forked CUDA or thread pool would not work
+    # Workers are forks of a process that has imported and not used the libraries: they start at once, without our threads.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__])
     turn = context.Value("i", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, turn, workers))
     try:
@@ -224,6 +227,7 @@ def run_ray(job: EncodeJob, numbers: Sequence[int], done: Done, workers: int, ad
         if there < 1:
             raise InputError(f"the Ray cluster has no {'GPU' if on_gpu else 'CPU'}, and the plan is for {job.plan.device}")
         count = min(workers or there, there, len(numbers))
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         if on_gpu:  # Ray shows each actor its own GPU only
