@@ -455,8 +455,8 @@ def run_data_pack(args: argparse.Namespace) -> dict[str, Any]:
 
     options = PackOptions(args.shard_pictures, args.shard_mb * 2**20, args.resize, args.quality)
     dataset = load_dataset(_pictures(args), args.split, args.count, need_captions=args.captioned_only)
-    with _progress("pack", args.json) as advance:
-        report = pack(dataset, args.out, options, advance)
+    with _progress("pack", args.json) as advance, _progress("check", args.json) as checked:
+        report = pack(dataset, args.out, options, advance, checked)
     skipped = f", left out {len(report['skipped'])} corrupt ones" if report["skipped"] else ""
     print(
         f"{dataset.describe()}\nwrote {report['pictures']:,} pictures in {report['shards']} shards ({report['bytes']:,} bytes; "

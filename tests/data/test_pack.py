@@ -53,10 +53,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_everything_is_kept_as_it_is(pictures: Path, tmp_path: Path) -> None:
     source = folder_of(pictures)
-    seen: list[tuple[int, int]] = []
-    report = pack(source, tmp_path / "out", PackOptions(shard_pictures=25), lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, ...]] = []
+    report = pack(
+        source,
+        tmp_path / "out",
+        PackOptions(shard_pictures=25),
+        lambda *counts: seen.append(counts),
+        lambda *counts: seen.append(counts),
+    )
     assert (report["pictures"], report["shards"], report["skipped"]) == (60, 3, [])
-    assert seen[-1] == (60, 60)
+    assert seen == [(k, 60) for k in range(1, 61)] + [(25, 60), (50, 60), (60, 60)]
     back = shards_of(tmp_path / "out")
     raw = {picture.key: picture for picture in source.raw(range(60)) if picture is not None}
     found = {picture.key.partition("_")[2]: picture for picture in back.raw(range(60)) if picture is not None}

@@ -132,10 +132,7 @@ def run_processes(job: EncodeJob, numbers: Sequence[int], done: Done, workers: i
 
 def _run_pool(job: EncodeJob, left: list[int], done: Done, workers: int) -> None:
     """Removes from ``left`` what is finished."""
-    # Workers are forks of a process that has imported and not used the libraries: they start at once, without our threads.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")  # CUDA and the threads of torch do not survive a fork
     turn = context.Value("i", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, turn, workers))
     try:

@@ -106,7 +106,7 @@ def encode_folder(
             progress(before, len(dataset))
         if ray is not None:
             run_ray(job, missing, advance, workers, ray)
-        elif workers > 1:
+        elif min(workers, len(missing)) > 1:
             run_processes(job, missing, advance, workers)
         else:
             run_here(job, missing, advance, tokenizer)
