@@ -317,3 +317,40 @@ def test_a_slow_trainer_holds_the_readers_back(tmp_path: Path, write_image: Call
     time.sleep(0.3)  # time in which a reader without bounds would run to the end
     assert counter.value == 2 * (1 + 2 * 2)  # what was taken, and two batches for each of two workers
     assert sum(len(batch["keys"]) for batch in loader) == 62
+
+
+def test_training_on_shards_by_url_continues_bit_for_bit(
+    server: Server, tmp_path: Path, train_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random crops, several captions, windows and loader workers, stopped in the second epoch."""
+    import os
+    import signal
+
+    from safetensors.torch import load_file
+
+    from textok_fast.training import train_tokenizer
+    from textok_fast.training.optim import ExponentialMovingAverage
+
+    for number in range(3):
+        write_tar(tmp_path / "served" / f"{number}.tar", 8 * number, 8, size=24)
+    data = {"source": "webdataset", "path": f"{server.url}/{{0..2}}.tar", "crop": "random", "flip": True}
+    data |= {"shuffle_buffer": 5, "read_streams": 2}
+
+    def config(name: str) -> Any:
+        return train_config(tmp_path / name, {"steps": 9, "workers": 1}, data)
+
+    train_tokenizer(config("whole"), progress=False)
+    update = ExponentialMovingAverage.update
+
+    def interrupted(self: ExponentialMovingAverage, model: Any, step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(self, model, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExponentialMovingAverage, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(config("parts"), progress=False)
+    train_tokenizer(config("parts"), resume=True, progress=False)
+    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(np.array_equal(a[key], b[key]) for key in a)

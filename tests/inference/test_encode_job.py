@@ -114,6 +114,7 @@ def pool_workers(pid: int) -> list[int]:
     return [child for child in children(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_killed_worker_and_killed_driver(model: str, pictures: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
