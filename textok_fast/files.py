@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from textok_fast.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -94,6 +96,29 @@ def save_state(state: Any, path: Path) -> None:
             torch.save(state, file)
 
     write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path, leftovers: str) -> Iterator[None]:
+    """Inside, no other process holds this directory, which is made, and the files that a killed one left half are gone.
+
+    ``leftovers``: a glob of these. Raises InputError when another process holds it (on file systems that lock).
+    """
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{directory} is being written to by another process; wait for it or stop it") from None
+    try:
+        for leftover in directory.glob(leftovers):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        (directory / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

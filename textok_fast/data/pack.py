@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from textok_fast.data.base import CaptionedImages, RawPicture
@@ -29,7 +28,7 @@ from textok_fast.data.columns import Strings
 from textok_fast.data.crops import resize_short_side, upright
 from textok_fast.data.shard_index import ShardIndex, add_member, read_sidecar, scan, sidecar
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically, write_text
+from textok_fast.files import only_writer, write_atomically, write_text
 
 FORM = "textok-fast shards 1"
 INDEX_NAME, SETTINGS_NAME = "index.json", "pack.json"
@@ -78,16 +77,8 @@ def pack(
     when a shard on the disk is not what was written; running again then writes it anew.
     """
     options = options or PackOptions()
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"{out} is being packed by another process; wait for it or stop it") from None
-    try:
+    with only_writer(out, ".shard-*"):
         return _pack(dataset, out, options, progress, checked)
-    finally:
-        lock.release()
 
 
 def _pack(
@@ -96,8 +87,6 @@ def _pack(
     total = len(dataset)
     settings = {"form": FORM, "content": dataset.content_hash(), "pictures": total, **vars(options)}
     _claim(out, settings)
-    for leftover in out.glob(".shard-*"):  # of a killed run: the lock is ours
-        leftover.unlink()
     indices: list[ShardIndex] = []
     while (found := read_sidecar(str(_shard(out, len(indices))))) is not None and _is_next(indices, found, out):
         indices.append(found)

@@ -54,12 +54,8 @@ def write_token_shards(
     the k-th on only, the others being other processes'. ``progress`` is called with (pictures done, pictures in all).
     """
     total = len(dataset) if count is None else min(count, len(dataset))
-    rows: Sequence[int] = range(total)
-    if seed is None or total == len(dataset):
-        seed = None
-    else:
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:total]
-        rows = drawn.sort().values.tolist()
+    seed = None if total == len(dataset) else seed
+    rows = drawn_rows(len(dataset), total, seed)
     content = {"content": dataset.content_hash(), "count": total, "drawn_by_seed": seed}
     directory.mkdir(parents=True, exist_ok=True)
     claim_index(directory, {**identity, **content, "shard_size": shard_size})
@@ -74,6 +70,13 @@ def write_token_shards(
         if progress is not None:
             progress(last, total)
     return reused
+
+
+def drawn_rows(length: int, count: int, seed: int | None) -> Sequence[int]:
+    """The indices of the ``count`` of ``length`` pictures that :func:`write_token_shards` encodes, in its order."""
+    if seed is None or count >= length:
+        return range(min(count, length))
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
 def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:

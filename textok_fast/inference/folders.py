@@ -9,14 +9,12 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,7 +24,7 @@ from textok_fast.config import DataConfig, to_dict
 from textok_fast.data import data_of, load_dataset
 from textok_fast.data.token_cache import TokenDataset, claim_index, read_index, read_skipped, shard_ranges
 from textok_fast.errors import InputError
-from textok_fast.files import save_tensors, write_atomically, write_text
+from textok_fast.files import only_writer, save_tensors, write_atomically, write_text
 from textok_fast.inference.encode_job import EncodeJob, Format, run_here, run_processes, run_ray
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
@@ -85,8 +83,7 @@ def encode_folder(
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
     identity |= {"content": dataset.content_hash(), "count": len(dataset), "shard_size": shard_size}
     identity |= {"drawn_by_seed": None} if format == "safetensors" else {"format": format}
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    with only_writer(out, ".tokens-*"):
         claim_index(out, identity)
         job = EncodeJob(model, dataset, out, format, batch_size, shard_size, plan)
         missing = job.missing()
@@ -118,22 +115,6 @@ def encode_folder(
         "shards_reused": reused,
         "skipped": {reason: count for reason, count in skipped.items() if count},
     }
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Inside, nobody else encodes into ``out`` (on file systems that lock), and what a killed run left half is gone."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"{out} is being written to by another `textok-fast encode`; wait for it or stop it") from None
-    try:
-        for leftover in out.glob(".tokens-*"):
-            leftover.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
 
 
 def decode_folder(
