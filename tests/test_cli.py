@@ -92,7 +92,7 @@ ALL = [path for path, _ in commands(build_parser())]
 def test_all_commands_are_there() -> None:
     names = {"demo", "data", "train", "recipes", "encode", "decode", "sample", "convert", "export", "bench", "info"}
     assert {path[0] for path in ALL if path} == names
-    assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch")} <= set(ALL)
+    assert {("train", "tokenizer"), ("train", "generator"), ("data", "fetch"), ("data", "pack")} <= set(ALL)
     assert {path[1] for path in ALL if len(path) > 1 and path[0] == "bench"} == {
         "speedup", "draw", "steps", "peers", "profile", "parity", "weights", "deploy", "training",
     }  # fmt: skip

@@ -99,7 +99,7 @@ def _load_libraries(args: argparse.Namespace) -> None:
     """What the commands need anyway, and then the usual Ctrl-C (see :mod:`textok_fast.__main__`)."""
     import numpy  # noqa: F401
 
-    if args.handler not in (run_data_fetch, run_data_preview, run_data_make, run_recipes):
+    if args.handler not in (run_data_fetch, run_data_preview, run_data_make, run_data_pack, run_recipes):
         import torch  # noqa: F401
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -150,6 +150,21 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--count", type=int, default=100)
     _data_options(make)
 
+    pack = _command(kinds, "pack", run_data_pack, "write captioned pictures as WebDataset shards; resumable",
+        "textok-fast data pack --images photos --out shards")  # fmt: skip
+    pack.add_argument("--images", help="folder of captioned pictures, or shards; other sources are settings")
+    pack.add_argument("--out", type=Path, required=True)
+    pack.add_argument("--shard-pictures", type=int, default=10_000, help="at most so many a shard (default: %(default)s)")
+    pack.add_argument("--shard-mb", type=int, default=256, help="at most so many MiB a shard (default: %(default)s)")
+    pack.add_argument("--resize", type=int, default=0, metavar="PIXELS",
+        help="bring the short side of larger pictures to this (default: every file stays as it is)")  # fmt: skip
+    pack.add_argument("--quality", type=int, default=95, help="of JPEGs that --resize writes (default: %(default)s)")
+    pack.add_argument("--captioned-only", action="store_true", help="leave out pictures without a caption")
+    pack.add_argument("--split", default="all", help="for files train, validation or all (default: %(default)s)")
+    pack.add_argument("--count", type=int, help="of generated scenes, how many")
+    pack.add_argument("overrides", nargs="*", metavar="key=value",
+        help="settings: source=huggingface path=owner/name huggingface.streaming=true")  # fmt: skip
+
     kinds = _group(commands, "train", "train a tokenizer or a generator; resumable",
         "textok-fast train tokenizer --recipe demo run.output_dir=runs/tok")  # fmt: skip
     tokenizer = _command(kinds, "tokenizer", run_train_tokenizer, "train a TexTok tokenizer",
@@ -168,15 +183,21 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--model", required=True, help="tokenizer: a directory or a Hub id")
     encode.add_argument(
         "--images",
-        required=True,
-        help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet) or .tar shards, or shards/{000..009}.tar; "
-        "a tokenizer whose encoder reads no text needs no captions",
+        help="folder with captions (.txt beside, captions.jsonl, .csv, .parquet) or .tar shards, or shards/{000..009}.tar, or "
+        "a URL; a tokenizer whose encoder reads no text needs no captions",
     )
     encode.add_argument("--out", type=Path, required=True)
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
     encode.add_argument("--batch-size", type=int, default=32)
     encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
+    encode.add_argument("--workers", type=int,
+        help="processes, on this machine's GPUs in turn (default: 1); with --ray actors (default: as it has room)")  # fmt: skip
+    encode.add_argument(
+        "--ray", metavar="ADDRESS", help="on a Ray cluster: its address, auto or local; its machines all see --out"
+    )
     _plan_options(encode)
+    encode.add_argument("overrides", nargs="*", metavar="key=value",
+        help="settings of the data: crop=adm, or instead of --images source=huggingface path=owner/name")  # fmt: skip
 
     decode = _command(commands, "decode", run_decode, "turn tokens that `encode` wrote back into pictures; resumable",
         "textok-fast decode --model runs/tok/final --tokens tokens --out pictures")  # fmt: skip
@@ -441,6 +462,35 @@ def run_data_make(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(args.out), "new": new, "data": dataset.describe(), "skipped": dataset.skipped}
 
 
+def run_data_pack(args: argparse.Namespace) -> dict[str, Any]:
+    from textok_fast.data import PackOptions, load_dataset, pack
+
+    options = PackOptions(args.shard_pictures, args.shard_mb * 2**20, args.resize, args.quality)
+    dataset = load_dataset(_pictures(args), args.split, args.count, need_captions=args.captioned_only)
+    with _progress("pack", args.json) as advance, _progress("check", args.json) as checked:
+        report = pack(dataset, args.out, options, advance, checked)
+    skipped = f", left out {len(report['skipped'])} corrupt ones" if report["skipped"] else ""
+    print(
+        f"{dataset.describe()}\nwrote {report['pictures']:,} pictures in {report['shards']} shards ({report['bytes']:,} bytes; "
+        f"{report['shards_reused']} shards were there{skipped}) and index.json to {args.out}; every shard was read again"
+    )
+    return {**report, "data": dataset.describe()}
+
+
+def _pictures(args: argparse.Namespace) -> DataConfig:
+    """The data that --images and settings name."""
+    from textok_fast.data import data_of
+
+    given: list[str] = []
+    if args.images is not None:
+        found = data_of(args.images)
+        given = [f"source={found.source}", f"path={json.dumps(found.path)}"]
+    config = load_config(DataConfig, overrides=[*given, *args.overrides])
+    if args.images is None and not args.overrides:
+        raise InputError("give --images, or settings of the data such as source=huggingface path=owner/name")
+    return config
+
+
 def run_train_tokenizer(args: argparse.Namespace) -> dict[str, Any] | None:
     from textok_fast.training import train_tokenizer
 
@@ -484,7 +534,18 @@ def run_encode(args: argparse.Namespace) -> dict[str, Any]:
 
     plan = _plan(args, args.batch_size)
     with _progress("encode", args.json, _announced(plan, args.out)) as advance:
-        report = encode_folder(args.model, args.images, args.out, args.format, args.batch_size, args.shard_size, plan, advance)
+        report = encode_folder(
+            args.model,
+            _pictures(args),
+            args.out,
+            args.format,
+            args.batch_size,
+            args.shard_size,
+            plan,
+            advance,
+            workers=args.workers if args.workers is not None else int(args.ray is None),
+            ray=args.ray,
+        )
     skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
     print(
         f"wrote {report['pictures']} pictures' tokens to {args.out} ({report['shards_reused']} shards were there{skipped})",

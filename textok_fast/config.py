@@ -266,11 +266,29 @@ class DiTConfig:
 
 
 @dataclass
+class HuggingFaceConfig:
+    """Of ``data.source=huggingface``: which part of the data set, and which of its columns."""
+
+    subset: str = ""  # the data set's configuration, where it has several
+    split: str = "train"  # of the data set; our validation split is cut from it as from files
+    revision: str = ""  # a commit or tag, so that the data cannot change between a run and its continuation
+    streaming: bool = False  # read while training instead of downloading before it; docs/data.md says what that costs
+    length: int = 0  # streaming: pictures in an epoch; 0: as many as the data set says that it has
+    image_column: str = ""  # "": the one column of images
+    caption_column: str = ""  # "": caption, captions, text, whichever is there first
+    label_column: str = ""  # "": label, if it is there
+
+
+@dataclass
 class DataConfig:
     """Captioned pictures. ``source``: "emoji" (default), "stamps" or "shapes" compose scenes of 1 to ``scene_objects`` objects;
-    "folder" and "webdataset" read ``path``."""
+    "folder" and "webdataset" read ``path``, which may be a URL of shards; "huggingface" the data set of that name or directory.
 
-    source: Literal["emoji", "stamps", "shapes", "folder", "webdataset"] = "emoji"
+    ``crop``: "center" is the center square, resized once (Lanczos); "adm" the same by ADM's steps, which published ImageNet
+    numbers use; "random" a random square of a random scale in training, "adm" elsewhere.
+    """
+
+    source: Literal["emoji", "stamps", "shapes", "folder", "webdataset", "huggingface"] = "emoji"
     path: str = ""
     image_size: int = 64
     objects: int = 128  # scenes: how many distinct objects to use; 0 means all
@@ -279,6 +297,22 @@ class DataConfig:
     held_out_objects: int = 32  # scenes: further objects that training never sees
     jitter: float = 1.0  # scenes: how much of the variation in place and size that the caption does not tell, in [0, 1]
     seed: int = 0
+    crop: Literal["center", "adm", "random"] = "center"  # files: what is kept of a picture that is not square
+    crop_min: float = 0.8  # crop=random: the square's side is at least this share of the short side (ADM: 0.8)
+    flip: bool = False  # files: half of the training pictures mirrored, whatever their captions say of left and right
+    caption_lines: bool = True  # files: each line of a .txt is a caption; False: the lines are one caption
+    # Shards and streams are read nearly in order: an epoch shuffles the shards and then within windows of so many pictures,
+    # and each batch is composed of ``read_streams`` such windows in different places.
+    shuffle_buffer: int = 4096
+    read_streams: int = 16
+    huggingface: HuggingFaceConfig = field(default_factory=HuggingFaceConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_min <= 1:
+            raise InputError(f"crop_min must be in (0, 1], got {self.crop_min}")
+        for name in ("shuffle_buffer", "read_streams"):
+            _require_positive(self, name)
+        _require_range(self.huggingface, "length", 0)
 
 
 @dataclass

@@ -37,7 +37,7 @@ def pictures(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
 
 
 FILES = {
-    "red.png": "a red\n card",
+    "red.png": "a  red card\n",
     "sub/green.png": "a green card",
     "blue.bmp": "a blue card, \u00fcber",
     "cut.png": "cut",

@@ -162,14 +162,14 @@ def test_one_thread_reads_each_picture_once_and_stops(
     model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_by: list[tuple[str, str]] = []
-    usual = FileDataset.__getitem__
+    usual = FileDataset.fetch
 
-    def noted(self: FileDataset, index: int) -> Any:
-        example = usual(self, index)
-        read_by.append((threading.current_thread().name, example.key))
-        return example
+    def noted(self: FileDataset, indices: Any) -> Any:
+        examples = usual(self, indices)
+        read_by.extend((threading.current_thread().name, example.key) for example in examples if example is not None)
+        return examples
 
-    monkeypatch.setattr(FileDataset, "__getitem__", noted)
+    monkeypatch.setattr(FileDataset, "fetch", noted)
     encode_folder(model, str(pictures), tmp_path / "tokens", batch_size=2, shard_size=3)
     assert len({key for _, key in read_by}) == len(read_by) == 7
     assert {name for name, _ in read_by} == {"textok-read_0"}

@@ -25,8 +25,9 @@ from textok_fast.config import (
     to_dict,
 )
 from textok_fast.data import collate, load_dataset
+from textok_fast.data.base import Draw
 from textok_fast.data.degradation import degrade
-from textok_fast.data.token_cache import TokenDataset
+from textok_fast.data.token_cache import TokenDataset, drawn_rows
 from textok_fast.data.token_pictures import TokensAndPictures, small_picture
 from textok_fast.inference import Plan, SuperResolutionPipeline, TextToImagePipeline, load_pipeline
 from textok_fast.inference.folders import sample_to_folder
@@ -217,15 +218,16 @@ def test_sampling_a_folder_of_small_pictures_goes_on_where_it_stopped(
 def test_tokens_and_pictures_belong_together(trained: dict[str, Any]) -> None:
     tokens = TokenDataset(trained["looks"][1].run / "tokens")
     dataset = load_dataset(DATA, "train")
-    drawn = [
-        int(index) for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:256].sort().values
-    ]
-    both = TokensAndPictures(tokens, [dataset[index] for index in drawn], LOW)  # type: ignore[arg-type]
+    rows = drawn_rows(len(dataset), 256, DATA.seed)
+    both = TokensAndPictures(tokens, dataset, rows, LOW)
     item = both[7]
-    assert np.array_equal(item["image"].numpy(), dataset[drawn[7]].image)
+    assert np.array_equal(item["image"].numpy(), dataset[rows[7]].image)
     assert np.array_equal(item["small"].numpy(), degrade(item["image"].numpy(), 4, seed=0, index=7, strength=0.3))
+    assert all(torch.equal(both[Draw(7, 1, 5)][name], item[name]) for name in ("image", "small"))  # whatever the epoch
     with pytest.raises(InputError, match="the data have changed"):
-        TokensAndPictures(tokens, [dataset[index + 1] for index in drawn], LOW)[7]  # type: ignore[arg-type]
+        TokensAndPictures(tokens, dataset, [row + 1 for row in rows], LOW)[7]
+    with pytest.raises(InputError, match="256 pictures, and 3 pictures"):
+        TokensAndPictures(tokens, dataset, rows[:3], LOW)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
-"""Captioned pictures: scenes composed of emoji, stamps or drawn shapes; a folder; WebDataset shards."""
+"""Captioned pictures: scenes composed of emoji, stamps or drawn shapes; a folder; WebDataset shards; Hugging Face data sets."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from textok_fast.config import DataConfig
-from textok_fast.data.base import CaptionedImages, Example, collate
+from textok_fast.data.base import CaptionedImages, Draw, Example, RawPicture, collate
+from textok_fast.data.crops import Crop
 from textok_fast.data.fetch import FetchedSource, fetch
-from textok_fast.data.files import FILE_SPLITS
+from textok_fast.data.files import FILE_SPLITS, IMAGE_SUFFIXES
 from textok_fast.data.folder import FolderDataset
+from textok_fast.data.huggingface import load_huggingface
+from textok_fast.data.pack import PackOptions, pack
 from textok_fast.data.preview import contact_sheet, materialize
 from textok_fast.data.scenes import SCENE_SPLITS, SceneDataset, load_scenes
+from textok_fast.data.storage import is_url
 from textok_fast.data.webdataset import WebDataset, write_shards
 from textok_fast.errors import InputError
 from textok_fast.paths import cache_dir
@@ -17,18 +24,23 @@ __all__ = [
     "FILE_SPLITS",
     "SCENE_SPLITS",
     "CaptionedImages",
+    "Draw",
     "Example",
     "FetchedSource",
     "FolderDataset",
+    "PackOptions",
+    "RawPicture",
     "SceneDataset",
     "WebDataset",
     "cache_dir",
     "collate",
     "contact_sheet",
+    "data_of",
     "fetch",
     "load_dataset",
     "load_scenes",
     "materialize",
+    "pack",
     "write_shards",
 ]
 
@@ -46,11 +58,30 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None, need
     """
     if config.source in ("emoji", "stamps", "shapes"):
         return load_scenes(config, split, length)
-    if config.source not in ("folder", "webdataset"):
-        raise InputError(f"data.source must be emoji, stamps, shapes, folder or webdataset; got {config.source!r}")
+    if config.source not in ("folder", "webdataset", "huggingface"):
+        raise InputError(f"data.source must be emoji, stamps, shapes, folder, webdataset or huggingface; got {config.source!r}")
     if not config.path:
         raise InputError(f"data.source={config.source} needs data.path")
     if length is not None:
         raise InputError(f"length is for generated scenes; data.source={config.source} has the pictures it has")
-    reader = FolderDataset if config.source == "folder" else WebDataset
-    return reader(config.path, split, config.image_size, need_captions)
+    kind = "adm" if config.crop == "random" and split != "train" else config.crop
+    crop = Crop(config.image_size, kind, config.crop_min, config.flip and split == "train")
+    if config.source == "folder":
+        return FolderDataset(config.path, split, crop, need_captions, config.caption_lines)
+    windows = {"shuffle_buffer": config.shuffle_buffer, "read_streams": config.read_streams}
+    if config.source == "webdataset":
+        return WebDataset(config.path, split, crop, need_captions, config.caption_lines, **windows)
+    return load_huggingface(config, split, crop, need_captions)
+
+
+def data_of(images: str, **settings: Any) -> DataConfig:
+    """The configuration of the pictures at ``images``: a folder of pictures or .tar shards, a pattern of shards, or a URL."""
+    folder = Path(images)
+    if folder.is_dir():
+        tars = any(folder.glob("*.tar"))
+        is_shards = tars and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+    else:
+        is_shards = images.endswith((".tar", "/index.json")) or is_url(images)
+        if not is_shards:
+            raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
+    return DataConfig(**{**settings, "source": "webdataset" if is_shards else "folder", "path": images})

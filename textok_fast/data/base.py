@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 
 class Example(NamedTuple):
@@ -17,6 +19,38 @@ class Example(NamedTuple):
     caption: str
     label: int  # class, an index into label_names; 0 when the source has no classes
     key: str  # unique in its data set, stable, safe as a file name
+
+
+class RawPicture(NamedTuple):
+    """One picture as it is stored, with all its captions."""
+
+    key: str
+    data: bytes  # an image file
+    kind: str  # its format, as Pillow calls it
+    captions: tuple[str, ...]
+    label: str  # "" for none
+
+
+class Draw(int):
+    """An index together with what draws its caption and its crop: the run's seed and the number of the epoch.
+
+    Everything random about an example is a function of these two and its key, so that a resumed run sees the same examples.
+    """
+
+    seed: int
+    epoch: int
+
+    def __new__(cls, index: int, seed: int, epoch: int) -> Draw:
+        made = super().__new__(cls, index)
+        made.seed, made.epoch = seed, epoch
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draw, (int(self), self.seed, self.epoch)
+
+    def at(self, index: int) -> Draw:
+        """The same draw of another picture."""
+        return Draw(index, self.seed, self.epoch)
 
 
 class CaptionedImages(ABC):
@@ -51,6 +85,29 @@ class CaptionedImages(ABC):
     def content_hash(self) -> str:
         """A hash of what the examples are made of, so that tokens and checkpoints of other pictures are told apart."""
 
+    def fetch(self, indices: Sequence[int]) -> list[Example | None]:
+        """Several at once, each its own: None for a picture that turns out to be corrupt, where ``[index]`` gives the next."""
+        return [self[index] for index in indices]
+
+    def key(self, index: int) -> str:
+        """The key of an example."""
+        return self[index].key
+
+    def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
+        """Pictures as they are stored, for `textok-fast data pack`; None for a corrupt one."""
+        found: list[RawPicture | None] = []
+        for example in self.fetch(indices):
+            label = self.label_names[example.label] if example is not None and self.label_names else ""
+            captions = (example.caption,) if example is not None and example.caption else ()
+            found.append(
+                None if example is None else RawPicture(example.key, encode_png(example.image), "PNG", captions, label)
+            )
+        return found
+
+    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+        """The indices of an epoch, int64, cut into batches of ``batch`` by who asks; None: in any random order."""
+        return None
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
@@ -72,6 +129,13 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "labels": torch.tensor([example.label for example in examples], dtype=torch.int64),  # (B,)
         "keys": [example.key for example in examples],
     }
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """(S, S, 3) uint8 as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def stable_hash(*parts: object) -> int:

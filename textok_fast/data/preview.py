@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from textok_fast.data.base import CaptionedImages
-from textok_fast.data.webdataset import encode_png
+from textok_fast.data.base import CaptionedImages, encode_png
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically, write_text
 
@@ -82,7 +81,7 @@ def materialize(dataset: CaptionedImages, directory: str | Path, n: int) -> int:
         if picture.exists() and caption.exists():
             continue
         write_text(caption, f"{example.caption}\n")
-        data = encode_png(example)
+        data = encode_png(example.image)
         write_atomically(picture, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
         new += 1
     return new

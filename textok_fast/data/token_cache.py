@@ -2,35 +2,33 @@
 
 A directory holds index.json (what made the tokens) and tokens-00000.safetensors, tokens-00001.safetensors, ...: each with
 ``tokens`` (n, N, d) float32, ``labels`` (n,) int64, for discrete tokenizers ``indices`` (n, N) int64, and in its header the
-keys and captions. A shard appears complete or not at all, so an interrupted run goes on where it stopped.
+keys and captions. A shard appears complete or not at all, so an interrupted run goes on where it stopped. Beside a shard that
+lacks pictures because they are corrupt, tokens-00000.skipped.json lists their keys.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from textok_fast.data.base import CaptionedImages, Example, collate
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_text
 
-INDEX_NAME = "index.json"
+INDEX_NAME, SKIPPED_SUFFIX = "index.json", ".skipped.json"
 _SHARD = re.compile(r"tokens-\d{5,}\.safetensors")
-
-
-class Examples(Protocol):
-    """Pictures by index."""
-
-    def __getitem__(self, index: int, /) -> Example: ...
 
 
 EncodeFn = Callable[[Tensor, list[str]], dict[str, Tensor]]  # uint8 (B, S, S, 3), captions -> tokens and maybe indices
@@ -57,30 +55,28 @@ def write_token_shards(
     """
     total = len(dataset) if count is None else min(count, len(dataset))
     seed = None if total == len(dataset) else seed
-    pictures = drawn_pictures(dataset, total, seed)
+    rows = drawn_rows(len(dataset), total, seed)
     content = {"content": dataset.content_hash(), "count": total, "drawn_by_seed": seed}
     directory.mkdir(parents=True, exist_ok=True)
     claim_index(directory, {**identity, **content, "shard_size": shard_size})
     reused = 0
     for number, first, last in shard_ranges(total, shard_size)[part[0] :: part[1]]:
-        path = directory / f"tokens-{number:05d}.safetensors"
+        path = shard_path(directory, number)
         if is_complete(path):
             reused += 1
         else:
-            tensors, keys, captions = encode_range(pictures, encode, first, last, batch_size, progress, total)
-            metadata = {"keys": json.dumps(keys), "captions": json.dumps(captions)}
-            save_tensors(tensors, path, metadata)
+            advance = None if progress is None else functools.partial(_advance, progress, first, total)
+            write_shard(path, encode_rows(dataset, encode, rows[first:last], batch_size, advance))
         if progress is not None:
             progress(last, total)
     return reused
 
 
-def drawn_pictures(dataset: CaptionedImages, count: int, seed: int | None) -> Examples:
-    """The ``count`` pictures of ``dataset`` that :func:`write_token_shards` encodes, in its order."""
-    if seed is None or count >= len(dataset):
-        return dataset
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
-    return Subset(dataset, drawn.sort().values.tolist())  # type: ignore[arg-type]
+def drawn_rows(length: int, count: int, seed: int | None) -> Sequence[int]:
+    """The indices of the ``count`` of ``length`` pictures that :func:`write_token_shards` encodes, in its order."""
+    if seed is None or count >= length:
+        return range(min(count, length))
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
 def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:
@@ -88,29 +84,91 @@ def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:
     return [(n, first, min(first + shard_size, total)) for n, first in enumerate(range(0, total, shard_size))]
 
 
-def encode_range(
-    dataset: Examples,
+def _advance(progress: Callable[[int, int], None], first: int, total: int, done: int) -> None:
+    progress(first + done, total)
+
+
+class EncodedRows(NamedTuple):
+    """The tokens of some pictures."""
+
+    tensors: dict[str, Tensor]  # tokens, labels, maybe indices
+    keys: list[str]
+    captions: list[str]
+    skipped: list[str]  # keys of pictures that turned out to be corrupt
+
+
+def encode_rows(
+    dataset: CaptionedImages,
     encode: EncodeFn,
-    first: int,
-    last: int,
+    rows: Sequence[int],
     batch_size: int,
-    progress: Callable[[int, int], None] | None,
-    total: int,
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Pictures ``first`` to ``last`` - 1 as tensors (tokens, labels, maybe indices), keys and captions."""
+    advance: Callable[[int], None] | None = None,
+) -> EncodedRows:
+    """The pictures of these indices, each once or, if it is corrupt, not at all. A thread reads two batches ahead.
+
+    ``advance`` is called with the number of pictures done. Raises InputError when none of them can be read.
+    """
     parts: dict[str, list[Tensor]] = {}
-    keys: list[str] = []
-    captions: list[str] = []
-    for start in range(first, last, batch_size):
-        batch = collate([dataset[i] for i in range(start, min(start + batch_size, last))])
-        for name, value in {**encode(batch["images"], batch["captions"]), "labels": batch["labels"]}.items():
-            parts.setdefault(name, []).append(value.cpu())
-        keys += batch["keys"]
-        captions += batch["captions"]
-        if progress is not None:
-            progress(min(start + batch_size, last), total)
-    tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
-    return tensors, keys, captions
+    found = EncodedRows({}, [], [], [])
+    done = 0
+    for batch_rows, examples in read_ahead(dataset, rows, batch_size):
+        found.skipped.extend(dataset.key(row) for row, each in zip(batch_rows, examples, strict=True) if each is None)
+        if readable := [each for each in examples if each is not None]:
+            batch = collate(readable)
+            for name, value in {**encode(batch["images"], batch["captions"]), "labels": batch["labels"]}.items():
+                parts.setdefault(name, []).append(value.cpu())
+            found.keys.extend(batch["keys"])
+            found.captions.extend(batch["captions"])
+        done += len(batch_rows)
+        if advance is not None:
+            advance(done)
+    if not parts:
+        raise InputError(f"none of the pictures {dataset.key(rows[0])} to {dataset.key(rows[-1])} can be read")
+    return found._replace(tensors={name: torch.cat(values).contiguous() for name, values in parts.items()})
+
+
+def read_ahead(
+    dataset: CaptionedImages, rows: Sequence[int], batch_size: int, ahead: int = 2
+) -> Iterator[tuple[Sequence[int], list[Example | None]]]:
+    """Batches of ``rows`` with their examples, of which a thread reads and decodes ``ahead`` before they are asked for.
+
+    One thread, because a data set counts the corrupt pictures it meets: two would count them twice.
+    """
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    thread = ThreadPoolExecutor(1, "textok-read")
+    try:
+        pending: deque[Future[list[Example | None]]] = deque()
+        for number, batch in enumerate(batches):
+            while len(pending) <= ahead and number + len(pending) < len(batches):
+                pending.append(thread.submit(dataset.fetch, batches[number + len(pending)]))
+            yield batch, pending.popleft().result()
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """The shard of that number."""
+    return directory / f"tokens-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, rows: EncodedRows) -> None:
+    """A shard, and before it the list of the corrupt pictures that it lacks."""
+    note_skipped(path, rows.skipped)
+    save_tensors(rows.tensors, path, {"keys": json.dumps(rows.keys), "captions": json.dumps(rows.captions)})
+
+
+def note_skipped(path: Path, keys: list[str]) -> None:
+    """Leaves a list of corrupt pictures beside a shard that lacks them; no file for none."""
+    if keys:
+        write_text(path.with_suffix(SKIPPED_SUFFIX), json.dumps(keys) + "\n")
+
+
+def read_skipped(directory: Path) -> list[str]:
+    """The keys of all corrupt pictures that the shards of a directory lack."""
+    found: list[str] = []
+    for path in sorted(directory.glob(f"tokens-*{SKIPPED_SUFFIX}")):
+        found += json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def claim_index(directory: Path, index: dict[str, Any]) -> None:

@@ -1,142 +1,147 @@
-"""WebDataset tar shards, read as a map-style data set, and written.
+"""WebDataset tar shards, local or by URL, read as a map-style data set, and written.
 
-The ``webdataset`` library streams shards in order; a data set with a length and ``[index]`` needs to know where each member
-starts, so the tar headers are read once and the members by offset.
+The ``webdataset`` library streams shards in order; a data set with a length and ``[index]``, of which a run can be continued
+exactly, needs to know where each member starts: :mod:`textok_fast.data.shard_index`.
 """
 
 from __future__ import annotations
 
-import glob
-import io
-import json
+import functools
 import logging
-import os
-import re
+import math
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
 
-from textok_fast.data.base import Example
-from textok_fast.data.files import FileDataset, Record, normalize_caption
+from textok_fast.data.base import Example, encode_png
+from textok_fast.data.columns import Record, Records, Strings
+from textok_fast.data.crops import Crop
+from textok_fast.data.files import FileDataset
+from textok_fast.data.shard_index import add_member, load_index, sidecar
+from textok_fast.data.storage import Part, find_shards, in_threads, is_url, read_parts, stem, version, versions
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-_IMAGES = ("png", "jpg", "jpeg", "webp")
+
+class Place(NamedTuple):
+    """Where an image file lies in the shards."""
+
+    shard: int
+    offset: int  # bytes
+    size: int  # bytes
 
 
 class WebDataset(FileDataset):
     """Samples of tar shards: members that share a name up to the first dot belong together.
 
-    A sample needs an image (.png, .jpg, .jpeg or .webp) and, unless ``need_captions`` is False, a caption (.txt, or "caption"
-    in .json); .cls or "label" in .json is its class. ``path`` is a file, a directory of .tar files, a glob or a brace pattern
-    such as ``shards/{000..003}.tar``.
-    Samples that lack a part, corrupt images and unreadable shards are counted in ``skipped``; of a truncated shard the complete
-    members are used. Raises :class:`InputError` when no shard matches or nothing is left.
+    A sample needs an image (.png, .jpg, .jpeg, .webp, .bmp, .gif, .tif) and, unless ``need_captions`` is False, captions: the
+    lines of .txt (``caption_lines`` False: all of it is one), or "caption" or "captions" in .json, a string or a list; .cls or
+    "label" in .json is its class. ``path`` is a file, a directory of .tar files, a glob, a brace pattern such as
+    ``shards/{000..003}.tar``, or a URL of these (:func:`~textok_fast.data.storage.find_shards`).
+
+    The samples stay in the order in which they lie in the shards, and :meth:`epoch_order` keeps reads together. Batches are
+    read by ranges. The indices of shards are written beside them by ``textok-fast data pack``; else they are made by
+    reading each shard once, and cached.
+
+    Samples that lack a part, corrupt images and unreadable local shards are counted in ``skipped``; of a truncated shard the
+    complete members are used. Raises :class:`InputError` when no shard matches, nothing is left, or a URL cannot be read.
     """
 
     source = "webdataset"
 
-    def __init__(self, path: str | Path, split: str, image_size: int, need_captions: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        crop: Crop,
+        need_captions: bool = True,
+        caption_lines: bool = True,
+        shuffle_buffer: int = 4096,
+        read_streams: int = 16,
+    ) -> None:
         shards = find_shards(str(path))
         if not shards:
             raise InputError(
-                f"no .tar shard matches data.path {str(path)!r}; it may be a file, a directory, a glob or a brace pattern"
+                f"no .tar shard matches data.path {str(path)!r}; it may be a file, directory, glob, brace pattern or URL"
             )
+        self._shards, self._buffer, self._streams = shards, shuffle_buffer, read_streams
+        remote = any(map(is_url, shards))
+        beside = not is_url(shards[0]) or _is_there(sidecar(shards[0]))
+        load = functools.partial(load_index, caption_lines=caption_lines)
+        found = versions(shards)
+
+        def index(number: int) -> Any:
+            return load(shards[number], found[number], beside=beside or not is_url(shards[number]))
+
+        numbers = range(len(shards))
+        indices = in_threads(index, numbers) if remote else [index(number) for number in numbers]
         skipped: Counter[str] = Counter()
-        records = [record for shard in shards for record in _shard_records(shard, skipped)]
-        super().__init__(records, split, image_size, skipped, str(path), need_captions)
-
-    def _read(self, record: Record) -> bytes:
-        shard, offset, size = record.place
-        with open(shard, "rb") as file:  # opened anew: a shared handle would not survive a fork into loader processes
-            file.seek(offset)
-            return file.read(size)
-
-
-def find_shards(pattern: str) -> list[str]:
-    """The files that a path, directory, glob or brace pattern stands for, sorted, each once."""
-    if not pattern:
-        return []
-    found: set[str] = set()
-    for path in _expand_braces(pattern):
-        if os.path.isdir(path):
-            found.update(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-        elif os.path.isfile(path):
-            found.add(path)
-        else:
-            found.update(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    return sorted(found)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Expands "a{00..02}.tar" and "{train,extra}.tar" as a shell does; several in one pattern multiply."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        width = max(len(span[1]), len(span[2])) if "0" in (span[1][0], span[2][0]) else 0
-        choices = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-
-
-def _shard_records(shard: str, skipped: Counter[str]) -> Iterator[Record]:
-    images: dict[str, tuple[str, int, int]] = {}
-    texts: dict[str, dict[str, bytes]] = {}
-    order: dict[str, None] = {}
-    try:
-        length = os.path.getsize(shard)
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if not member.isfile() or member.offset_data + member.size > length:
-                    skipped["truncated member"] += member.isfile()
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if not stem or not dot:
-                    continue
-                name = f"{folder}/{stem}" if folder else stem
-                suffix = suffix.lower()
-                if suffix in _IMAGES:
-                    order[name] = None
-                    images[name] = (shard, member.offset_data, member.size)
-                elif suffix in ("txt", "json", "cls"):
-                    order[name] = None
-                    reader = archive.extractfile(member)
-                    texts.setdefault(name, {})[suffix] = reader.read() if reader else b""
-    except (OSError, tarfile.TarError, EOFError) as error:
-        log.warning("%s cannot be read to its end: %s", shard, error)
-        skipped["unreadable shard"] += 1
-    for name in order:
-        if name not in images:
-            skipped["missing image"] += 1
-            continue
-        caption, label = _caption_and_label(texts.get(name, {}))
+        for each, shard in zip(indices, shards, strict=True):
+            skipped.update(each.skipped)
+            if "unreadable shard" in each.skipped and is_url(shard):
+                raise InputError(f"{shard} is no tar file, or is broken; leave it out or mend it")
         # The shard's own name keeps equal sample names of two shards apart without depending on where the shards lie.
-        yield Record(f"{Path(shard).stem}/{name}", caption, label, images[name])
+        names = Strings.of(f"{stem(shard)}/{name}" for shard, each in zip(shards, indices, strict=True) for name in each.names)
+        places = np.stack(
+            [
+                np.repeat(np.arange(len(shards)), [len(each.names) for each in indices]),
+                np.concatenate([each.offsets for each in indices]),
+                np.concatenate([each.sizes for each in indices]),
+            ],
+            axis=1,
+        ).astype(np.int64)  # (n, 3): shard, offset, size
+        captions, labels = (Strings.joined([getattr(each, name) for each in indices]) for name in ("captions", "labels"))
+        records = Records(names, captions, labels, places)
+        super().__init__(records, split, crop, skipped, str(path), need_captions, verify=not remote, by_key=False)
+
+    def _read(self, records: Sequence[Record]) -> list[bytes | Exception]:
+        places = [Place(*map(int, record.place)) for record in records]
+        parts = [Part(self._shards[place.shard], place.offset, place.offset + place.size) for place in places]
+        try:
+            return list(read_parts(parts))
+        except OSError as error:  # of a local shard
+            raise InputError(f"cannot read the shards of {self._where}: {error}") from None
+
+    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+        """Shards in random order, cut into ``read_streams`` streams, each shuffled within windows of ``shuffle_buffer``.
+
+        A batch has an equal share of every stream (of as many as divide it), so that it mixes pictures of distant places while
+        each stream is read nearly in order. Depends on the arguments and the data alone: not on processes or loader workers.
+        """
+        shards = self._records.places[self._rows, 0]
+        if len(shards) <= self._buffer:
+            return None
+        _, starts = np.unique(shards, return_index=True)  # the rows of a shard are neighbours
+        rng = np.random.default_rng([2, seed, epoch])
+        return order_by_runs(np.append(starts, len(shards)), rng, batch, self._buffer, self._streams)
 
 
-def _caption_and_label(texts: dict[str, bytes]) -> tuple[str, str]:
-    """A caption from .txt before .json, a label from .cls before .json; "" for what is missing or malformed."""
+def order_by_runs(bounds: np.ndarray, rng: np.random.Generator, batch: int, buffer: int, streams: int) -> np.ndarray:
+    """Whole batches of the indices below ``bounds[-1]``, int64; ``bounds[i]`` to ``bounds[i + 1]`` - 1 are read in order."""
+    runs = rng.permutation(len(bounds) - 1)
+    sequence = np.concatenate([np.arange(bounds[run], bounds[run + 1]) for run in runs])
+    streams = math.gcd(streams, batch)
+    share, length = batch // streams, len(sequence) // streams
+    lanes = sequence[: streams * length].reshape(streams, length)  # (streams, length)
+    windows = np.arange(length) // buffer
+    lanes = np.take_along_axis(lanes, np.argsort(windows + rng.random(lanes.shape), axis=1), axis=1)
+    steps = length // share
+    return lanes[:, : steps * share].reshape(streams, steps, share).transpose(1, 0, 2).reshape(-1).astype(np.int64)
+
+
+def _is_there(url: str) -> bool:
     try:
-        values = json.loads(texts.get("json", b"{}"))
-    except ValueError:
-        values = {}
-    if not isinstance(values, dict):
-        values = {}
-    caption = texts["txt"].decode("utf-8", errors="replace") if "txt" in texts else values.get("caption")
-    label = texts["cls"].decode("utf-8", errors="replace") if "cls" in texts else values.get("label")
-    return normalize_caption(caption) if isinstance(caption, str) else "", "" if label is None else str(label).strip()
+        version(url)
+    except (FileNotFoundError, PermissionError):
+        return False
+    return True
 
 
 def write_shards(
@@ -163,23 +168,9 @@ def write_shards(
 
 
 def _write_shard(path: Path, examples: Sequence[Example], label_names: Sequence[str] | None) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for example in examples:
             label = label_names[example.label] if label_names else str(example.label)
-            _add(archive, f"{example.key}.png", encode_png(example))
-            _add(archive, f"{example.key}.txt", example.caption.encode())
-            _add(archive, f"{example.key}.cls", label.encode())
-
-
-def encode_png(example: Example) -> bytes:
-    """The example's picture as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(example.image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time stays 0
-    member.size = len(data)
-    member.mode = 0o644
-    archive.addfile(member, io.BytesIO(data))
+            add_member(archive, f"{example.key}.png", encode_png(example.image))
+            add_member(archive, f"{example.key}.txt", example.caption.encode())
+            add_member(archive, f"{example.key}.cls", label.encode())

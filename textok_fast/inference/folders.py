@@ -4,16 +4,14 @@ and run again: what is complete is kept."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,19 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from textok_fast.config import DataConfig, to_dict
-from textok_fast.data import load_dataset
-from textok_fast.data.base import CaptionedImages, Example
-from textok_fast.data.files import IMAGE_SUFFIXES
-from textok_fast.data.token_cache import (
-    TokenDataset,
-    claim_index,
-    encode_range,
-    read_index,
-    shard_ranges,
-    write_token_shards,
-)
+from textok_fast.data import data_of, load_dataset
+from textok_fast.data.base import CaptionedImages
+from textok_fast.data.token_cache import TokenDataset, claim_index, read_index, read_skipped, shard_ranges
 from textok_fast.errors import InputError
-from textok_fast.files import save_tensors, write_atomically, write_text
+from textok_fast.files import only_writer, save_tensors, write_atomically, write_text
+from textok_fast.inference.encode_job import EncodeJob, Format, run_here, run_processes, run_ray
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import (
     AnyPipeline,
@@ -46,7 +37,7 @@ from textok_fast.inference.pipelines import (
 )
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer, token_shape
-from textok_fast.modeling.encoding import encode_function, fingerprint, token_identity
+from textok_fast.modeling.encoding import fingerprint, token_identity
 from textok_fast.modeling.tokenizer import TexTok
 
 PLAN_NAME = "plan.json"
@@ -56,72 +47,80 @@ Progress = Callable[[int, int], None]
 
 def encode_folder(
     model: str,
-    images: str,
+    images: str | DataConfig,
     out: Path,
-    format: Literal["safetensors", "webdataset"] = "safetensors",
+    format: Format = "safetensors",
     batch_size: int = 32,
     shard_size: int = 1024,
     plan: Plan | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json.
 
-    A tokenizer whose encoder reads no text takes pictures without a caption too, of which the stored caption is "".
+    A tokenizer whose encoder reads no text takes pictures without a caption too, of which the stored caption is "". Of several
+    captions the first is read and stored.
 
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
-    them, or a directory that holds .tar files and no pictures.
+    them, a URL, or a directory that holds .tar files and no pictures; or the configuration of any source, whose image size and
+    seed are the tokenizer's and the caller's.
 
     ``model``: a TexTok, or an autoencoder, whose latents (C, h, w) are then the tokens.
 
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
-    picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ.
+    picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ. The keys of
+    pictures that turn out to be corrupt are in tokens-*.skipped.json.
+
+    ``workers``: processes of this machine; with ``ray``, the address of a cluster (:func:`encode_job.run_ray`), actors of it, 0
+    for as many as it has room for. However many write, and whoever of them is killed in between, the files are the same.
 
     ``plan``: what the tokenizer runs by; None is float32 on the CPU. Tokens of another precision are other tokens: raises
-    InputError when ``out`` holds such, or those of another tokenizer or of other pictures.
+    InputError when ``out`` holds such, or those of another tokenizer or of other pictures, or is being written to.
     """
     _require_at_least_one(batch_size=batch_size, shard_size=shard_size)
+    if ray is None:
+        _require_at_least_one(workers=workers)
     plan = Plan() if plan is None else plan
     tokenizer = load_tokenizer(model, plan.device)
-    is_shards = _are_shards(images)
-    if not is_shards and not Path(images).is_dir():
-        raise InputError(f"no folder {images}; wanted a folder of captioned pictures or WebDataset shards (*.tar)")
-    config = DataConfig(source="webdataset" if is_shards else "folder", path=images, image_size=tokenizer.config.image_size)
+    config = data_of(images) if isinstance(images, str) else images
+    config = dataclasses.replace(config, image_size=tokenizer.config.image_size)
     dataset = load_dataset(config, "all", need_captions=isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder)
     # The data are known by their content, however their folder is spelled today.
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
-    run = encode_function(cast(Any, Engine(cast(Any, tokenizer), plan)))
-    keep_plan = functools.cache(lambda: plan.save(out / PLAN_NAME))  # once `out` is known to be ours
+    identity |= {"content": dataset.content_hash(), "count": len(dataset), "shard_size": shard_size}
+    identity |= {"drawn_by_seed": None} if format == "safetensors" else {"format": format}
+    with only_writer(out, ".tokens-*"):
+        claim_index(out, identity)
+        job = EncodeJob(model, dataset, out, format, batch_size, shard_size, plan)
+        missing = job.missing()
+        reused = len(shard_ranges(len(dataset), shard_size)) - len(missing)
+        before = len(dataset) - sum(map(job.count, missing))
+        skipped = Counter(dataset.skipped)  # those of shards are counted from their lists
+        done: dict[int, int] = {}
 
-    def encode(pictures: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        keep_plan()
-        return run(pictures, captions)
+        def advance(number: int, pictures: int) -> None:
+            done[number] = pictures
+            if progress is not None:
+                progress(before + sum(done.values()), len(dataset))
 
-    if format == "safetensors":
-        with _read_ahead(dataset, batch_size) as pictures:
-            reused = write_token_shards(
-                out, pictures, encode, identity=identity, batch_size=batch_size, shard_size=shard_size, progress=progress
-            )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        content = {"content": dataset.content_hash(), "count": len(dataset)}
-        claim_index(out, {**identity, **content, "shard_size": shard_size, "format": "webdataset"})
-        reused = 0
-        with _read_ahead(dataset, batch_size) as pictures:
-            for number, first, last in shard_ranges(len(dataset), shard_size):
-                path = out / f"tokens-{number:06d}.tar"
-                if path.exists():
-                    reused += 1
-                else:
-                    tensors, keys, captions = encode_range(pictures, encode, first, last, batch_size, progress, len(dataset))
-                    write_atomically(path, lambda target, parts=(tensors, keys, captions): _write_tar(target, *parts))  # type: ignore[misc]
-                if progress is not None:
-                    progress(last, len(dataset))
+        if missing:
+            plan.save(out / PLAN_NAME)
+        if progress is not None and before:
+            progress(before, len(dataset))
+        if ray is not None:
+            run_ray(job, missing, advance, workers, ray)
+        elif min(workers, len(missing)) > 1:
+            run_processes(job, missing, advance, workers)
+        else:
+            run_here(job, missing, advance, tokenizer)
+    skipped["corrupt image"] += len(read_skipped(out))
     return {
         "out": str(out),
-        "pictures": len(dataset),
+        "pictures": len(dataset) - len(read_skipped(out)),
         "tokens": list(token_shape(tokenizer)),
         "shards_reused": reused,
-        "skipped": dataset.skipped,
+        "skipped": {reason: count for reason, count in skipped.items() if count},
     }
 
 
@@ -150,9 +149,10 @@ def decode_folder(
     if index.get("tokenizer") != wanted:
         raise InputError(f"the tokens in {tokens} were made by another tokenizer than {model}: decoding them would give noise")
     keys, captions, values = _read_tar_tokens(tokens) if index.get("format") == "webdataset" else _read_shard_tokens(tokens)
-    if len(keys) != index.get("count"):
+    found = len(keys) + len(read_skipped(tokens))
+    if found != index.get("count"):
         raise InputError(
-            f"{tokens} holds {len(keys)} of {index.get('count')} pictures: run the same `textok-fast encode` again to finish it"
+            f"{tokens} holds {found} of {index.get('count')} pictures: run the same `textok-fast encode` again to finish it"
         )
     digest = hashlib.sha256(json.dumps([keys, captions]).encode() + values.numpy().tobytes()).hexdigest()[:32]
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
@@ -212,7 +212,7 @@ def sample_to_folder(
         raise InputError(f"{model} generates from captions: give {'--prompt' if small is None else '--images'}, not --label")
     if not by_class and small is None and not prompts:
         raise InputError("give at least one --prompt")
-    named = labels if small is None else [small[row].key for row in range(len(small))]
+    named = labels if small is None else [small.key(row) for row in range(len(small))]
     if (by_class or small is not None) and prompts and len(prompts) != len(named):
         whose = "by class and decodes with the prompts" if by_class else "from pictures and their captions"
         raise InputError(
@@ -251,7 +251,10 @@ def sample_to_folder(
         extra: dict[str, Any] = {} if captions is None else {"captions": [captions[row] for row in rows]}
         given: Any = [wanted[row] for row in rows]
         if small is not None:
-            examples = [small[row // count] for row in rows]
+            found = small.fetch([row // count for row in rows])
+            examples = [example for example in found if example is not None]
+            if len(examples) < len(found):
+                raise InputError(f"the picture {wanted[rows[found.index(None)]]} of {images} cannot be read: remove it")
             given = torch.stack([torch.from_numpy(example.image) for example in examples])  # (b, s, s, 3)
             extra.setdefault("captions", [example.caption for example in examples])
         made = cast(Any, pipeline)(
@@ -290,49 +293,12 @@ def _small_pictures(pipeline: AnyPipeline, images: str | None, model: str) -> Ca
         return None
     if images is None:
         raise InputError(f"{model} makes pictures of {pipeline.size} px larger: give --images")
-    source: Literal["webdataset", "folder"] = "webdataset" if _are_shards(images) else "folder"
-    return load_dataset(DataConfig(source=source, path=images, image_size=pipeline.size), "all", need_captions=False)
+    return load_dataset(data_of(images, image_size=pipeline.size), "all", need_captions=False)
 
 
 def _unless_fp32(plan: Plan) -> dict[str, Any]:
     """What a plan adds to the description of its results; nothing else in it changes a tokenizer's by more than rounding."""
     return {} if plan.precision == "fp32" else {"precision": plan.precision}
-
-
-class _ReadAhead:
-    """A data set of which one thread decodes the pictures that come next.
-
-    One, because a data set that meets a corrupt picture counts it and gives the next: two would count it twice.
-    """
-
-    def __init__(self, dataset: CaptionedImages, ahead: int, thread: ThreadPoolExecutor) -> None:
-        self._dataset, self._ahead, self._thread = dataset, ahead, thread
-        self._pending: dict[int, Future[Example]] = {}
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def content_hash(self) -> str:
-        return self._dataset.content_hash()
-
-    def __getitem__(self, index: int) -> Example:
-        wanted = range(index, min(index + self._ahead + 1, len(self)))
-        for gone in self._pending.keys() - set(wanted):  # a shard that was there already has been passed over
-            self._pending.pop(gone).cancel()
-        for each in wanted:
-            if each not in self._pending:
-                self._pending[each] = self._thread.submit(self._dataset.__getitem__, each)
-        return self._pending.pop(index).result()
-
-
-@contextmanager
-def _read_ahead(dataset: CaptionedImages, batch_size: int) -> Iterator[CaptionedImages]:
-    """``dataset``, read two batches ahead."""
-    thread = ThreadPoolExecutor(1, "textok-read")
-    try:
-        yield cast(CaptionedImages, _ReadAhead(dataset, 2 * batch_size, thread))
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished_samples(out: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Tensor]]:
@@ -373,14 +339,6 @@ def _claim_pictures(out: Path, made_of: dict[str, Any], new: bool) -> None:
     write_text(file, json.dumps(made_of, indent=1) + "\n")
 
 
-def _are_shards(images: str) -> bool:
-    """Whether ``images`` names WebDataset shards rather than a folder of pictures."""
-    folder = Path(images)
-    if not folder.is_dir():
-        return images.endswith(".tar")
-    return any(folder.glob("*.tar")) and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
-
-
 def save_png(picture: np.ndarray, path: Path) -> None:
     """(S, S, 3) uint8 to a PNG that is complete or not there."""
     write_atomically(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
@@ -395,26 +353,6 @@ def _require_at_least_one(**values: int) -> None:
 def _read_shard_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:
     dataset = TokenDataset(directory)
     return dataset.keys, dataset.captions, dataset.tokens
-
-
-def _write_tar(path: Path, tensors: dict[str, Tensor], keys: list[str], captions: list[str]) -> None:
-    def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
-
-    def npy(array: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        return buffer.getvalue()
-
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for row, (key, caption) in enumerate(zip(keys, captions, strict=True)):
-            add(archive, f"{key}.npy", npy(tensors["tokens"][row].numpy()))
-            if "indices" in tensors:
-                add(archive, f"{key}.indices.npy", npy(tensors["indices"][row].numpy()))
-            add(archive, f"{key}.txt", caption.encode())
-            add(archive, f"{key}.cls", str(int(tensors["labels"][row])).encode())
 
 
 def _read_tar_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from textok_fast.data.files import center_square, decode_image
+from textok_fast.data.crops import center_square
+from textok_fast.data.files import decode_image
 from textok_fast.errors import InputError
 from textok_fast.inference.tokenizer import TEXT_MULTIPLE, TokenizerEngine
 from textok_fast.modeling.text_encoders import TextFeatures, pad_features

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from textok_fast.data.files import center_square
+from textok_fast.data.crops import center_square
 from textok_fast.errors import InputError
 from textok_fast.modeling.saving import read_config
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8

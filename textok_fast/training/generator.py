@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from textok_fast import ops
 from textok_fast.config import GeneratorTrainConfig, to_dict
 from textok_fast.data import CaptionedImages, load_dataset
-from textok_fast.data.token_cache import TokenDataset, collate_tokens, drawn_pictures, write_token_shards
+from textok_fast.data.token_cache import TokenDataset, collate_tokens, drawn_rows, read_skipped, write_token_shards
 from textok_fast.data.token_pictures import TokensAndPictures, collate_tokens_and_pictures, small_picture
 from textok_fast.diffusion import FlowMatching, GaussianDiffusion, build_process, sample
 from textok_fast.errors import InputError
@@ -31,7 +31,7 @@ from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce,
 from textok_fast.training.parallel import check_run, join_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
-FILE_SOURCES = ("folder", "webdataset")
+FILE_SOURCES = ("folder", "webdataset", "huggingface")
 CACHED_SCENES = 8192  # of generated scenes, of which there is no end
 PREVIEW_SAMPLES, PREVIEW_STEPS = 8, 20
 
@@ -221,6 +221,8 @@ def train_generator(
     options: dict[str, Any] = {"content": tokens.index, "resume": resume, "progress": progress}
     if not task.needs_pictures:
         return fit(task, tokens, collate_tokens, config, **options)
-    low = config.low_resolution if config.low_resolution.scale else None
-    both = TokensAndPictures(tokens, drawn_pictures(dataset, count, config.data.seed), low)
+    rows: Sequence[int] = drawn_rows(len(dataset), min(count, len(dataset)), config.data.seed)
+    if skipped := set(read_skipped(directory)):
+        rows = [row for row in rows if dataset.key(row) not in skipped]
+    both = TokensAndPictures(tokens, dataset, rows, config.low_resolution if config.low_resolution.scale else None)
     return fit(task, both, collate_tokens_and_pictures, config, **options)

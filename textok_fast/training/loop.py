@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from textok_fast.config import AdamConfig, OptimConfig, RunConfig, to_dict
+from textok_fast.data.base import Draw
 from textok_fast.errors import InputError
 from textok_fast.files import write_atomically, write_text
 from textok_fast.training.checkpoints import Trained, complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
@@ -146,10 +147,22 @@ class StepRandom:
 
 class StepBatches(Sampler[list[int]]):
     """Index batches of the steps from ``start`` to before ``stop``: epoch after epoch of seeded permutations, cut into whole
-    batches, and of each of these the ``passes`` parts of ``batch_size`` that are this process's: part pass * world + rank."""
+    batches, and of each of these the ``passes`` parts of ``batch_size`` that are this process's: part pass * world + rank.
+
+    ``order`` is a data set's ``epoch_order``, for those whose reads should stay together. Each index is a ``Draw``.
+    """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int, passes: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world: int,
+        passes: int = 1,
+        order: Callable[[int, int, int], np.ndarray | None] | None = None,
     ) -> None:
         self.whole = batch_size * world * passes
         if length < self.whole:
@@ -158,20 +171,27 @@ class StepBatches(Sampler[list[int]]):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.world, self.passes = start, stop, rank, world, passes
+        self.order = order
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.passes
 
     def __iter__(self) -> Iterator[list[int]]:
         per_epoch = self.length // self.whole
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.stop):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(self.length, generator=seeded_generator(self.seed, epoch))
-            for index in range(self.passes):
-                first = (step % per_epoch) * self.whole + (index * self.world + self.rank) * self.batch_size
-                yield order[first : first + self.batch_size].tolist()
+                order = self._epoch(epoch)
+            for part in range(self.passes):
+                first = (step % per_epoch) * self.whole + (part * self.world + self.rank) * self.batch_size
+                yield [Draw(index, self.seed, epoch) for index in order[first : first + self.batch_size].tolist()]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        given = None if self.order is None else self.order(self.seed, epoch, self.whole)
+        if given is not None:
+            return given
+        return torch.randperm(self.length, generator=seeded_generator(self.seed, epoch)).numpy()
 
 
 @dataclasses.dataclass
@@ -275,6 +295,7 @@ def _fit(
         rank,
         world,
         passes,
+        getattr(dataset, "epoch_order", None),
     )
     loader = iter(
         DataLoader(
