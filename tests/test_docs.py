@@ -10,7 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -186,7 +186,10 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
         assert main(small(line.replace("image_size=512", "image_size=64"))[0]) == 0, line
 
 
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("engine", "export", "operations", "serving", "training", "weights"))]
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "engine", "export", "operations", "serving", "training", "weights")),
+]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -197,6 +200,24 @@ def test_commands_parse(name: str) -> None:
         assert len(commands) >= 5
     for command in commands:
         assert callable(_parse(command).handler)
+
+
+def test_examples_of_data(work: Path) -> None:
+    shutil.copytree(work / "runs/demo/generator/final/tokenizer", work / "runs/demo/with_text/final")
+    lines = blocks(read("docs/data.md"), "bash")[0].splitlines()
+    for line in lines:
+        short = ["run.steps=2", "run.batch_size=4", "run.tensorboard=false"] if "-fast train" in line else []
+        command = shlex.split(line, comments=True)[1:] + short
+        assert main(command) == 0, line
+    assert json.loads((work / "shards/index.json").read_text())["pictures"] == 3
+    assert json.loads((work / "tokens/index.json").read_text())["count"] == 3
+    assert (work / "runs/shards/final/config.json").exists()
+
+
+def test_the_sources_of_data_are_all_there() -> None:
+    text = read("docs/data.md").split("\n\n```bash")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \| ", text, flags=re.MULTILINE)))) - {"source"}
+    assert named == set(get_args(get_type_hints(config.DataConfig)["source"]))
 
 
 def test_the_recipe_of_export(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +241,17 @@ def test_the_tables_of_export_are_complete() -> None:
     assert set(re.findall(r"^\| `(\w+).onnx` \|", text, flags=re.MULTILINE)) == {
         "encoder", "decoder", "modulation", "step", "forward", "sampler", "text",
     }  # fmt: skip
+
+
+def test_every_recipe_is_in_its_table() -> None:
+    rows = re.findall(r"^\| (`[\w-]+`.*?) \| (x?) ?\| (x?) ?\|", read("docs/training.md", "Recipes"), flags=re.MULTILINE)
+    told: dict[str, tuple[bool, ...]] = {}
+    for names, *sections in rows:
+        first, *more = re.findall(r"`([\w-]+)`", names)
+        for name in (first, *(re.sub(r"-32-", f"-{tokens}-", first) for tokens in more)):
+            told[name] = tuple(bool(section) for section in sections)
+    kinds = {name: config.recipe_sections(name) for name in config.recipe_names()}
+    assert told == {name: ("tokenizer" in found, "generator" in found) for name, found in kinds.items()}
 
 
 def test_tables_are_complete() -> None:

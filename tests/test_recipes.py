@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from textok_fast.cli import main
 from textok_fast.config import (
+    GENERATOR_SIZES,
     SECTIONS,
     GeneratorTrainConfig,
     TokenizerTrainConfig,
@@ -24,10 +27,13 @@ from textok_fast.config import (
     to_dict,
 )
 from textok_fast.errors import InputError
+from textok_fast.inference import ClassToImagePipeline, SuperResolutionPipeline, TextToImagePipeline, load_pipeline
 from textok_fast.modeling import DiT, TexTok
+from textok_fast.modeling.discriminator import build_discriminator
 
 BUDGETS, SIZES = (32, 64, 128, 256), (256, 512)
 PUBLISHED = [f"textok-{tokens}-{size}" for size in SIZES for tokens in BUDGETS]
+SOURCED = [*PUBLISHED, "text-to-image-32-256", "super-resolution-32-256"]
 ALL = [(cls, name) for cls in SECTIONS for name in recipe_names(cls)]
 
 
@@ -64,13 +70,13 @@ def test_the_published_recipes_have_the_published_sizes(tokens: int, size: int) 
     assert generator.tokenizer == f"{tokenizer.run.output_dir}/final"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SOURCED)
 def test_every_value_of_a_published_recipe_says_where_it_is_from(name: str) -> None:
     lines = recipe_path(name).read_text().splitlines()
     values = [line for line in lines if re.match(r"\s+\w+:\s*\S", line)]
-    assert len(values) >= 5
+    assert len(values) >= 4
     for line in values:
-        assert re.search(r" # (published|chosen|of that encoder)", line), line
+        assert re.search(r" # (published|chosen|of that encoder|of a flow)", line), line
 
 
 def test_a_recipe_extends_another_and_is_for_what_it_names_itself(tmp_path: Path) -> None:
@@ -105,3 +111,58 @@ def test_what_is_read_of_a_recipe_is_the_callers_own() -> None:
     first = read_recipe(TokenizerTrainConfig, "demo")
     first["model"]["num_tokens"] = 99
     assert read_recipe(TokenizerTrainConfig, "demo")["model"]["num_tokens"] == 4
+
+
+def test_super_resolution_reads_a_quarter_of_the_picture() -> None:
+    tokenizer, generator = (load_config(cls, "super-resolution-32-256") for cls in SECTIONS)
+    assert (tokenizer.model.num_tokens, tokenizer.model.latent_dim, tokenizer.model.bottleneck) == (32, 16, "kl")
+    assert (tokenizer.model.max_text_tokens, tokenizer.model.text) == (77, "both")
+    assert (generator.model.num_tokens, generator.model.in_channels) == (32, 16)
+    assert generator.low_resolution.size(generator.data.image_size) == 64
+    assert (generator.model.num_image_tokens, generator.model.image_token_dim) == (256, 48)
+    assert generator.model.width == GENERATOR_SIZES["B"]["width"]  # and nothing of the DiT-XL that it extends
+    assert generator.model.text_dim == tokenizer.model.text_dim
+
+
+def test_the_published_losses_are_all_there() -> None:
+    """l2, perceptual, GAN and LeCAM, with a discriminator of about 24 M of StyleGAN's type (arXiv 2412.05796)."""
+    for name in PUBLISHED:
+        config = load_config(TokenizerTrainConfig, name)
+        assert min(config.loss.l2, config.loss.lpips, config.loss.gan, config.loss.lecam) > 0
+        assert config.discriminator.kind == "stylegan"
+        with torch.device("meta"):
+            network = build_discriminator(config.discriminator, config.data.image_size)
+        assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(24e6, rel=0.01)
+
+
+# -- at work -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_small_recipes_run(tmp_path: Path, loads_fake_text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps each, on drawn shapes: the tokenizer, and over its tokens text to image, classes and super-resolution."""
+    monkeypatch.setattr(type(loads_fake_text), "dim", 384)  # minilm's
+    monkeypatch.setattr("textok_fast.training.tokenizer.STATISTICS_PICTURES", 32)
+    few = ["data.source=shapes", "run.steps=2", "run.batch_size=8", "run.tensorboard=false"]
+    settings = [*few, f"run.output_dir={tmp_path / 'tokenizer'}"]
+    assert main(["train", "tokenizer", "--recipe", "demo", *settings]) == 0
+    kinds = {"demo": TextToImagePipeline, "demo-class": ClassToImagePipeline, "demo-super-resolution": SuperResolutionPipeline}
+    for name, kind in kinds.items():
+        settings = [*few, f"tokenizer={tmp_path / 'tokenizer' / 'final'}", f"run.output_dir={tmp_path / name}"]
+        settings += ["cache_images=16", "run.workers=0"]
+        assert main(["train", "generator", "--recipe", name, *settings]) == 0
+        assert isinstance(load_pipeline(tmp_path / name / "final"), kind)
+    small = tmp_path / "small"
+    assert main(["data", "make", "--count", "2", "--out", str(small), "source=shapes", "image_size=16"]) == 0
+    command = ["sample", "--model", str(tmp_path / "demo-super-resolution" / "final"), "--images", str(small), "--steps", "2"]
+    assert main([*command, "--out", str(tmp_path / "large")]) == 0
+    with Image.open(tmp_path / "large" / "00001.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^{name}\s", listed, re.MULTILINE) for name in recipe_names())
+    assert main(["recipes", "demo-class"]) == 0
+    assert capsys.readouterr().out == recipe_path("demo-class").read_text(encoding="utf-8")
+    assert main(["recipes", "nothing"]) == 2

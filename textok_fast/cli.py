@@ -191,10 +191,10 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--batch-size", type=int, default=32)
     encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
     encode.add_argument("--workers", type=int,
-        help="processes, on this machine's GPUs in turn (default: 1), or with --ray actors (default: what it has room for)"
-    )  # fmt: skip
-    encode.add_argument("--ray", metavar="ADDRESS",
-        help="on a Ray cluster: its address, auto or local; its machines all see --out")  # fmt: skip
+        help="processes, on this machine's GPUs in turn (default: 1); with --ray actors (default: as it has room)")  # fmt: skip
+    encode.add_argument(
+        "--ray", metavar="ADDRESS", help="on a Ray cluster: its address, auto or local; its machines all see --out"
+    )
     _plan_options(encode)
     encode.add_argument("overrides", nargs="*", metavar="key=value",
         help="settings of the data: crop=adm, or instead of --images source=huggingface path=owner/name")  # fmt: skip
@@ -542,8 +542,8 @@ def run_data_pack(args: argparse.Namespace) -> dict[str, Any]:
 
     options = PackOptions(args.shard_pictures, args.shard_mb * 2**20, args.resize, args.quality)
     dataset = load_dataset(_pictures(args), args.split, args.count, need_captions=args.captioned_only)
-    with _progress("pack", args.json) as advance:
-        report = pack(dataset, args.out, options, advance)
+    with _progress("pack", args.json) as advance, _progress("check", args.json) as checked:
+        report = pack(dataset, args.out, options, advance, checked)
     skipped = f", left out {len(report['skipped'])} corrupt ones" if report["skipped"] else ""
     print(
         f"{dataset.describe()}\nwrote {report['pictures']:,} pictures in {report['shards']} shards ({report['bytes']:,} bytes; "
@@ -556,9 +556,10 @@ def _pictures(args: argparse.Namespace) -> DataConfig:
     """The data that --images and settings name."""
     from textok_fast.data import data_of
 
-    given = (
-        [] if args.images is None else [f"{key}={json.dumps(getattr(data_of(args.images), key))}" for key in ("source", "path")]
-    )
+    given: list[str] = []
+    if args.images is not None:
+        found = data_of(args.images)
+        given = [f"source={found.source}", f"path={json.dumps(found.path)}"]
     config = load_config(DataConfig, overrides=[*given, *args.overrides])
     if args.images is None and not args.overrides:
         raise InputError("give --images, or settings of the data such as source=huggingface path=owner/name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+from textok_fast.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +59,32 @@ def replace_directory(new: Path, directory: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file by :func:`write_atomically`. ``tensors`` must be contiguous and share no memory."""
+    """A safetensors file by :func:`write_atomically`, the same bytes for the same contents.
+
+    ``tensors`` must be contiguous and share no memory.
+    """
     from safetensors.torch import save_file
 
     about = None if metadata is None else dict(metadata)
-    write_atomically(path, lambda target: save_file(dict(tensors), target, metadata=about))
+
+    def write(target: Path) -> None:
+        save_file(dict(tensors), target, metadata=about)
+        if about is not None and len(about) > 1:
+            _sort_metadata(target)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Brings a safetensors header's metadata, which the library writes in any order, into the order of its names."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(data) == length:  # a header of another length would move the tensors
+            file.seek(8)
+            file.write(data)
 
 
 def save_state(state: Any, path: Path) -> None:
@@ -72,6 +96,29 @@ def save_state(state: Any, path: Path) -> None:
             torch.save(state, file)
 
     write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path, leftovers: str) -> Iterator[None]:
+    """Inside, no other process holds this directory, which is made, and the files that a killed one left half are gone.
+
+    ``leftovers``: a glob of these. Raises InputError when another process holds it (on file systems that lock).
+    """
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{directory} is being written to by another process; wait for it or stop it") from None
+    try:
+        for leftover in directory.glob(leftovers):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        (directory / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

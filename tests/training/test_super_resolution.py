@@ -25,8 +25,9 @@ from textok_fast.config import (
     to_dict,
 )
 from textok_fast.data import collate, load_dataset
+from textok_fast.data.base import Draw
 from textok_fast.data.degradation import degrade
-from textok_fast.data.token_cache import TokenDataset
+from textok_fast.data.token_cache import TokenDataset, drawn_rows
 from textok_fast.data.token_pictures import TokensAndPictures, small_picture
 from textok_fast.inference import Plan, SuperResolutionPipeline, TextToImagePipeline, load_pipeline
 from textok_fast.inference.folders import sample_to_folder
@@ -37,14 +38,14 @@ from textok_fast.training.generator import GeneratorTask
 
 DATA = DataConfig(source="shapes", image_size=16, objects=8, held_out_objects=4, scene_objects=2)
 LOW = LowResolutionConfig(scale=4, patch_size=2, strength=0.3)  # 4 x 4 pixels: four tokens of twelve numbers
-STEPS = 120
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
 def tokenizer_directory(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer that nobody trained gives tokens that depend on the picture all the same; of unit variance, as trained
     ones."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(text="none")
     dataset = load_dataset(DATA, "train")
     batch = collate([dataset[index] for index in range(64)])
     tokens = tokenizer.encode(batch["images"], batch["captions"]).mode().flatten(0, 1)
@@ -113,8 +114,8 @@ def test_looking_at_the_small_picture_beats_not_looking(trained: dict[str, Any],
     right = error(looks(small, captions, options=options).tokens)
     wrong = error(looks(small.roll(1, 0), captions, options=options).tokens)
     without = error(blind(captions, options=options).tokens)
-    assert right < 0.8 * without
-    assert right < 0.8 * wrong
+    assert right < 0.85 * without
+    assert right < 0.85 * wrong
 
 
 def test_the_pipeline_is_what_was_trained_and_takes_every_form_of_picture(
@@ -160,7 +161,7 @@ def test_the_last_sheet_has_small_pictures_samples_and_what_can_be_reached(train
     assert sheet.size == (8 * 20 + 4, 3 * 20 + 4)
 
 
-def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out: dict[str, Any]) -> None:
+def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out: dict[str, Any], tmp_path: Path) -> None:
     final = trained["looks"][1].final
     pipeline: Any = load_pipeline(final)
     with pytest.raises(InputError, match=r"\(B, 4, 4, 3\)"):
@@ -169,10 +170,20 @@ def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out:
         pipeline(held_out["small"][:3], ["one"])
     with pytest.raises(InputError, match="SuperResolutionPipeline"):
         TextToImagePipeline(pipeline.generator, pipeline.tokenizer, "flow")
+    pytest.importorskip("diffusers")
+    from textok_fast.interop import TexTokPipeline
+
+    with pytest.raises(InputError, match="takes classes or prompts, no pictures"):
+        TexTokPipeline.from_textok(pipeline)
     with pytest.raises(InputError, match="the generator reads 4 of 12"):
         SuperResolutionPipeline(pipeline.generator, pipeline.tokenizer, "flow", size=8, patch_size=2)
     about = json.loads((final / "pipeline.json").read_text())
     assert about["low_resolution"] == {"size": 4, "patch_size": 2}
+    broken = pipeline.save_pretrained(tmp_path / "broken")
+    for sizes in ({}, {"low_resolution": {"size": 4}}, {"low_resolution": {"size": "a", "patch_size": 2}}):
+        (broken / "pipeline.json").write_text(json.dumps({**{k: about[k] for k in about if k != "low_resolution"}, **sizes}))
+        with pytest.raises(InputError, match="does not say which pictures the generator reads"):
+            load_pipeline(broken)
 
 
 def test_sampling_a_folder_of_small_pictures_goes_on_where_it_stopped(
@@ -207,15 +218,16 @@ def test_sampling_a_folder_of_small_pictures_goes_on_where_it_stopped(
 def test_tokens_and_pictures_belong_together(trained: dict[str, Any]) -> None:
     tokens = TokenDataset(trained["looks"][1].run / "tokens")
     dataset = load_dataset(DATA, "train")
-    drawn = [
-        int(index) for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:256].sort().values
-    ]
-    both = TokensAndPictures(tokens, dataset, drawn, LOW)
+    rows = drawn_rows(len(dataset), 256, DATA.seed)
+    both = TokensAndPictures(tokens, dataset, rows, LOW)
     item = both[7]
-    assert np.array_equal(item["image"].numpy(), dataset[drawn[7]].image)
+    assert np.array_equal(item["image"].numpy(), dataset[rows[7]].image)
     assert np.array_equal(item["small"].numpy(), degrade(item["image"].numpy(), 4, seed=0, index=7, strength=0.3))
+    assert all(torch.equal(both[Draw(7, 1, 5)][name], item[name]) for name in ("image", "small"))  # whatever the epoch
     with pytest.raises(InputError, match="the data have changed"):
-        TokensAndPictures(tokens, dataset, [index + 1 for index in drawn], LOW)[7]
+        TokensAndPictures(tokens, dataset, [row + 1 for row in rows], LOW)[7]
+    with pytest.raises(InputError, match="256 pictures, and 3 pictures"):
+        TokensAndPictures(tokens, dataset, rows[:3], LOW)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from textok_fast.data.base import CaptionedImages, RawPicture
@@ -29,7 +28,7 @@ from textok_fast.data.columns import Strings
 from textok_fast.data.crops import resize_short_side, upright
 from textok_fast.data.shard_index import ShardIndex, add_member, read_sidecar, scan, sidecar
 from textok_fast.errors import InputError
-from textok_fast.files import write_atomically, write_text
+from textok_fast.files import only_writer, write_atomically, write_text
 
 FORM = "textok-fast shards 1"
 INDEX_NAME, SETTINGS_NAME = "index.json", "pack.json"
@@ -65,33 +64,29 @@ class PackOptions:
 
 
 def pack(
-    dataset: CaptionedImages, out: Path, options: PackOptions | None = None, progress: Progress | None = None
+    dataset: CaptionedImages,
+    out: Path,
+    options: PackOptions | None = None,
+    progress: Progress | None = None,
+    checked: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes the pictures of ``dataset`` to shards in ``out``, goes on with an interrupted run, and checks the result.
 
-    ``progress`` is called with (pictures done, pictures in all), once for writing and once for checking. Corrupt pictures are
+    ``progress`` and then ``checked`` are called with (pictures done, pictures in all). Corrupt pictures are
     left out; their keys are in index.json. Raises InputError when ``out`` holds something else or is being written to, and
     when a shard on the disk is not what was written; running again then writes it anew.
     """
     options = options or PackOptions()
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"{out} is being packed by another process; wait for it or stop it") from None
-    try:
-        return _pack(dataset, out, options, progress)
-    finally:
-        lock.release()
+    with only_writer(out, ".shard-*"):
+        return _pack(dataset, out, options, progress, checked)
 
 
-def _pack(dataset: CaptionedImages, out: Path, options: PackOptions, progress: Progress | None) -> dict[str, Any]:
+def _pack(
+    dataset: CaptionedImages, out: Path, options: PackOptions, progress: Progress | None, checked: Progress | None
+) -> dict[str, Any]:
     total = len(dataset)
     settings = {"form": FORM, "content": dataset.content_hash(), "pictures": total, **vars(options)}
     _claim(out, settings)
-    for leftover in out.glob(".shard-*"):  # of a killed run: the lock is ours
-        leftover.unlink()
     indices: list[ShardIndex] = []
     while (found := read_sidecar(str(_shard(out, len(indices))))) is not None and _is_next(indices, found, out):
         indices.append(found)
@@ -108,7 +103,7 @@ def _pack(dataset: CaptionedImages, out: Path, options: PackOptions, progress: P
             indices.append(_write_shard(_shard(out, len(indices)), first, items, progress))
     if not any(len(index.names) for index in indices):
         raise InputError(f"{out}: none of the {total} pictures can be read; nothing was packed")
-    shards = _verify(out, indices, total, progress)
+    shards = _verify(out, indices, total, checked)
     skipped = sorted(key for index in indices for key in index.about["skipped"])
     about = {"pictures": sum(shard["pictures"] for shard in shards), "skipped": skipped}
     text = json.dumps({**settings, "source_pictures": total, **about, "shards": shards}, indent=1)
@@ -256,7 +251,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify(out: Path, indices: list[ShardIndex], total: int, progress: Progress | None) -> list[dict[str, Any]]:
+def _verify(out: Path, indices: list[ShardIndex], total: int, checked: Progress | None) -> list[dict[str, Any]]:
     """Reads every shard again; what index.json says of each. InputError when one is not as it was written."""
     shards = []
     seen: set[str] = set()
@@ -283,8 +278,8 @@ def _verify(out: Path, indices: list[ShardIndex], total: int, progress: Progress
         seen.update(names)
         expected = int(index.about["last"])
         shards.append({"file": shard.name, "pictures": len(names), "bytes": index.size, "sha256": index.about["sha256"]})
-        if progress is not None:
-            progress(expected, total)
+        if checked is not None:
+            checked(expected, total)
     if expected != total or len(seen) + sum(len(index.about["skipped"]) for index in indices) != total:
         raise AssertionError(f"{len(seen)} of {total} pictures were packed")
     return shards

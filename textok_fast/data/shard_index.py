@@ -8,9 +8,11 @@ reading the shard, and cached.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -55,8 +58,10 @@ class ShardIndex:
         for name in _STRINGS:
             column = getattr(self, name)
             tensors |= {name: column.data, f"{name}_ends": column.ends}
-        header = {"form": FORM, "size": str(self.size), "skipped": json.dumps(self.skipped), "about": json.dumps(self.about)}
-        data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, header)
+        header = {"form": FORM, "size": self.size, "skipped": self.skipped, "about": self.about}
+        # One entry, because safetensors writes several in any order, and equal indices should be equal bytes.
+        metadata = {"index": json.dumps(header)}
+        data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata)
         return data
 
     @classmethod
@@ -64,7 +69,7 @@ class ShardIndex:
         """ValueError for anything else than what :meth:`to_bytes` gives."""
         try:
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])["__metadata__"]
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])
             if header["form"] != FORM:
                 raise ValueError(f"its form is {header['form']!r}, wanted {FORM!r}")
             tensors = load(data)
@@ -74,8 +79,8 @@ class ShardIndex:
                 offsets=tensors["offsets"],
                 sizes=tensors["sizes"],
                 size=int(header["size"]),
-                skipped=json.loads(header["skipped"]),
-                about=json.loads(header["about"]),
+                skipped=header["skipped"],
+                about=header["about"],
             )
         except (SafetensorError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"no shard index: {error!r}") from None
@@ -102,21 +107,35 @@ def load_index(shard: str, version: Version, caption_lines: bool = True, beside:
         log.warning("the index beside %s is of a shard of %d bytes, it has %d: not used", shard, found.size, version.size)
     where = shard if is_url(shard) else str(Path(shard).resolve())
     cached = paths.cache_dir() / "shards" / f"{short_hash(where, version.size, version.tag, caption_lines)}{SUFFIX}"
+    if (found := _read_cached(cached)) is not None:
+        return found
+    with contextlib.suppress(OSError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(cached.parent, os.W_OK):
+        log.warning("the index of %s is not cached: %s cannot be written to", shard, cached.parent)
+        return scan(shard, version.size, caption_lines)
+    with FileLock(f"{cached}.lock"):  # of a run's processes one reads the shard, the others wait
+        if (found := _read_cached(cached)) is not None:
+            return found
+        made = scan(shard, version.size, caption_lines)
+        if "unreadable shard" not in made.skipped:
+            data = made.to_bytes()
+            try:
+                write_atomically(cached, lambda path: path.write_bytes(data))
+            except OSError as error:  # a full disk
+                log.warning("the index of %s is not cached: %s", shard, error)
+    Path(f"{cached}.lock").unlink(missing_ok=True)
+    return made
+
+
+def _read_cached(cached: Path) -> ShardIndex | None:
     try:
         return ShardIndex.from_bytes(cached.read_bytes())
     except FileNotFoundError:
-        pass
+        return None
     except (OSError, ValueError) as error:
         log.warning("the cached index %s is made again: %s", cached, error)
-    made = scan(shard, version.size, caption_lines)
-    if "unreadable shard" not in made.skipped:
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            data = made.to_bytes()
-            write_atomically(cached, lambda path: path.write_bytes(data))
-        except OSError as error:
-            log.warning("the index of %s is not cached: %s", shard, error)
-    return made
+        return None
 
 
 def read_sidecar(shard: str) -> ShardIndex | None:

@@ -55,7 +55,7 @@ def write_token_shards(
     """
     total = len(dataset) if count is None else min(count, len(dataset))
     seed = None if total == len(dataset) else seed
-    rows = drawn_rows(dataset, total, seed)
+    rows = drawn_rows(len(dataset), total, seed)
     content = {"content": dataset.content_hash(), "count": total, "drawn_by_seed": seed}
     directory.mkdir(parents=True, exist_ok=True)
     claim_index(directory, {**identity, **content, "shard_size": shard_size})
@@ -72,14 +72,11 @@ def write_token_shards(
     return reused
 
 
-def drawn_rows(dataset: CaptionedImages, count: int, seed: int | None) -> Sequence[int]:
-    """The indices of the ``count`` pictures that :func:`write_token_shards` encodes, in its order."""
-    if seed is None or count >= len(dataset):
-        return range(min(count, len(dataset)))
-    drawn: list[int] = (
-        torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
-    )
-    return drawn
+def drawn_rows(length: int, count: int, seed: int | None) -> Sequence[int]:
+    """The indices of the ``count`` of ``length`` pictures that :func:`write_token_shards` encodes, in its order."""
+    if seed is None or count >= length:
+        return range(min(count, length))
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
 def shard_ranges(total: int, shard_size: int) -> list[tuple[int, int, int]]:

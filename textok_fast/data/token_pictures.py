@@ -18,36 +18,37 @@ from textok_fast.errors import InputError
 class TokensAndPictures(Dataset[dict[str, Any]]):
     """Items of a :class:`TokenDataset` with ``image`` (S, S, 3) uint8, its picture, and with ``low_resolution`` also
     ``small``, that picture worn and made small (:func:`~textok_fast.data.degradation.degrade`) by the config's seed and the
-    item's index.
+    item's index. ``rows``: which pictures of ``dataset`` the tokens are of, one each.
 
-    The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill a
-    machine's memory. ``rows``: their indices in ``pictures``, in the order of ``tokens``.
-
-    Raises: InputError for a picture that is not the one the tokens were made of.
+    The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill
+    a machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
     """
 
     def __init__(
         self,
         tokens: TokenDataset,
-        pictures: CaptionedImages,
+        dataset: CaptionedImages,
         rows: Sequence[int],
         low_resolution: LowResolutionConfig | None = None,
     ) -> None:
-        self.tokens, self.pictures, self.rows, self.low_resolution = tokens, pictures, rows, low_resolution
+        if len(rows) != len(tokens):
+            raise InputError(f"there are tokens of {len(tokens)} pictures, and {len(rows)} pictures: remove the token cache")
+        self.tokens, self.dataset, self.rows, self.low_resolution = tokens, dataset, rows, low_resolution
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, example = self.tokens[index], self.pictures[self.rows[index]]
+        # A plain number, not a draw: the crop and the caption are to be those that were encoded.
+        item, example = self.tokens[index], self.dataset[self.rows[int(index)]]
         if example.key != item["key"]:
             raise InputError(
-                f"picture {index} is {example.key!r} now, and its tokens are of {item['key']!r}: the data have changed; "
+                f"picture {int(index)} is {example.key!r} now, and its tokens are of {item['key']!r}: the data have changed; "
                 "remove the token cache and train anew"
             )
         item["image"] = torch.from_numpy(example.image.copy())  # (S, S, 3)
         if self.low_resolution is not None:
-            item["small"] = small_picture(example.image, self.low_resolution, index)
+            item["small"] = small_picture(example.image, self.low_resolution, int(index))
         return item
 
 

@@ -132,7 +132,7 @@ def run_processes(job: EncodeJob, numbers: Sequence[int], done: Done, workers: i
 
 def _run_pool(job: EncodeJob, left: list[int], done: Done, workers: int) -> None:
     """Removes from ``left`` what is finished."""
-    context = multiprocessing.get_context("spawn")  # a forked CUDA or thread pool would not work
+    context = multiprocessing.get_context("spawn")  # CUDA and the threads of torch do not survive a fork
     turn = context.Value("i", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, turn, workers))
     try:
@@ -224,6 +224,7 @@ def run_ray(job: EncodeJob, numbers: Sequence[int], done: Done, workers: int, ad
         if there < 1:
             raise InputError(f"the Ray cluster has no {'GPU' if on_gpu else 'CPU'}, and the plan is for {job.plan.device}")
         count = min(workers or there, there, len(numbers))
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         if on_gpu:  # Ray shows each actor its own GPU only

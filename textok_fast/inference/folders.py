@@ -9,24 +9,23 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from textok_fast.config import DataConfig, to_dict
-from textok_fast.data import CaptionedImages, data_of, load_dataset
+from textok_fast.data import data_of, load_dataset
+from textok_fast.data.base import CaptionedImages
 from textok_fast.data.token_cache import TokenDataset, claim_index, read_index, read_skipped, shard_ranges
 from textok_fast.errors import InputError
-from textok_fast.files import save_tensors, write_atomically, write_text
+from textok_fast.files import only_writer, save_tensors, write_atomically, write_text
 from textok_fast.inference.encode_job import EncodeJob, Format, run_here, run_processes, run_ray
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.pipelines import (
@@ -91,8 +90,7 @@ def encode_folder(
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
     identity |= {"content": dataset.content_hash(), "count": len(dataset), "shard_size": shard_size}
     identity |= {"drawn_by_seed": None} if format == "safetensors" else {"format": format}
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    with only_writer(out, ".tokens-*"):
         claim_index(out, identity)
         job = EncodeJob(model, dataset, out, format, batch_size, shard_size, plan)
         missing = job.missing()
@@ -112,7 +110,7 @@ def encode_folder(
             progress(before, len(dataset))
         if ray is not None:
             run_ray(job, missing, advance, workers, ray)
-        elif workers > 1:
+        elif min(workers, len(missing)) > 1:
             run_processes(job, missing, advance, workers)
         else:
             run_here(job, missing, advance, tokenizer)
@@ -124,22 +122,6 @@ def encode_folder(
         "shards_reused": reused,
         "skipped": {reason: count for reason, count in skipped.items() if count},
     }
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Inside, nobody else encodes into ``out`` (on file systems that lock), and what a killed run left half is gone."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"{out} is being written to by another `textok-fast encode`; wait for it or stop it") from None
-    try:
-        for leftover in out.glob(".tokens-*"):
-            leftover.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
 
 
 def decode_folder(
@@ -230,7 +212,7 @@ def sample_to_folder(
         raise InputError(f"{model} generates from captions: give {'--prompt' if small is None else '--images'}, not --label")
     if not by_class and small is None and not prompts:
         raise InputError("give at least one --prompt")
-    named = labels if small is None else [small[row].key for row in range(len(small))]
+    named = labels if small is None else [small.key(row) for row in range(len(small))]
     if (by_class or small is not None) and prompts and len(prompts) != len(named):
         whose = "by class and decodes with the prompts" if by_class else "from pictures and their captions"
         raise InputError(
@@ -269,7 +251,10 @@ def sample_to_folder(
         extra: dict[str, Any] = {} if captions is None else {"captions": [captions[row] for row in rows]}
         given: Any = [wanted[row] for row in rows]
         if small is not None:
-            examples = [small[row // count] for row in rows]
+            found = small.fetch([row // count for row in rows])
+            examples = [example for example in found if example is not None]
+            if len(examples) < len(found):
+                raise InputError(f"the picture {wanted[rows[found.index(None)]]} of {images} cannot be read: remove it")
             given = torch.stack([torch.from_numpy(example.image) for example in examples])  # (b, s, s, 3)
             extra.setdefault("captions", [example.caption for example in examples])
         made = cast(Any, pipeline)(

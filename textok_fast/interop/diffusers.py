@@ -37,9 +37,11 @@ from textok_fast.files import write_text
 from textok_fast.inference.pipelines import (
     FOLDERS,
     PIPELINE_NAME,
+    AnyPipeline,
     ClassToImagePipeline,
     GenerationPipeline,
     SamplingOptions,
+    SuperResolutionPipeline,
     TextToImagePipeline,
     load_pipeline,
 )
@@ -468,9 +470,11 @@ class TexTokPipeline(DiffusionPipeline):
         self._interrupt, self._guidance_scale, self._num_timesteps = False, 1.0, 0
 
     @classmethod
-    def from_textok(cls, pipeline: TextToImagePipeline | ClassToImagePipeline) -> Self:
+    def from_textok(cls, pipeline: AnyPipeline) -> Self:
         """Around a pipeline of :func:`textok_fast.inference.load_pipeline`, with its plan: they share the models. InputError
         for super-resolution, which has no call of diffusers here."""
+        if isinstance(pipeline, SuperResolutionPipeline):
+            raise InputError("TexTokPipeline takes classes or prompts, no pictures: call the SuperResolutionPipeline itself")
         made = cls(**cls._parts(pipeline), plan=None)
         made.pipeline = pipeline  # which has engines already, if any
         return made

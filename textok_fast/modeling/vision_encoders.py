@@ -93,7 +93,7 @@ class AlignmentHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         queries = self.queries.to(tokens.dtype).expand(len(tokens), -1, -1)  # (B, M, D)
-        return self.mlp(self.read(queries, self.norm(tokens), None))
+        return self.mlp(queries + self.read(queries, self.norm(tokens), None))  # the sum, or the projection would know no place
 
 
 class AlignedDiT(nn.Module):

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -47,8 +47,7 @@ class GeneratorTask:
 
     def __init__(self, config: GeneratorTrainConfig, tokenizer: TexTok) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.dit = DiT(config.model)
-        self.model: nn.Module = self.dit
+        self.model: nn.Module = DiT(config.model)
         self.process = build_process(config.objective, config.model.learn_sigma, config.prediction)
         if isinstance(self.process, FlowMatching):
             self.process.logit_mean, self.process.logit_std = config.logit_mean, config.logit_std
@@ -70,7 +69,12 @@ class GeneratorTask:
         if config.alignment.encoder:
             seen = config.alignment
             self.features = VisionEncoder.load(seen.encoder, seen.image_size, tokenizer.device)
-            self.model = AlignedDiT(self.dit, seen.block, seen.width, self.features.patches, self.features.dim)
+            self.model = AlignedDiT(self.model, seen.block, seen.width, self.features.patches, self.features.dim)
+
+    @property
+    def dit(self) -> DiT:
+        """The generator in ``model``, which is another when averages are shown and saved."""
+        return cast(DiT, self.model.dit if isinstance(self.model, AlignedDiT) else self.model)
 
     @property
     def needs_pictures(self) -> bool:
@@ -218,9 +222,8 @@ def train_generator(
     options: dict[str, Any] = {"content": tokens.index, "resume": resume, "progress": progress}
     if not task.needs_pictures:
         return fit(task, tokens, collate_tokens, config, **options)
-    low = config.low_resolution if config.low_resolution.scale else None
-    rows: Sequence[int] = drawn_rows(dataset, count, config.data.seed)
-    corrupt = set(read_skipped(directory))
-    rows = [row for row in rows if dataset.key(row) not in corrupt] if corrupt else rows
-    both = TokensAndPictures(tokens, dataset, rows, low)
+    rows: Sequence[int] = drawn_rows(len(dataset), min(count, len(dataset)), config.data.seed)
+    if skipped := set(read_skipped(directory)):
+        rows = [row for row in rows if dataset.key(row) not in skipped]
+    both = TokensAndPictures(tokens, dataset, rows, config.low_resolution if config.low_resolution.scale else None)
     return fit(task, both, collate_tokens_and_pictures, config, **options)
