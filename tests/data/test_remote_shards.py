@@ -311,7 +311,7 @@ def test_a_slow_trainer_holds_the_readers_back(tmp_path: Path, write_image: Call
     batches = [list(range(start, start + 2)) for start in range(0, 64, 2)]
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=2, multiprocessing_context="fork"))  # type: ignore[arg-type]
     next(loader)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while counter.value < 2 * 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)  # time in which a reader without bounds would run to the end
