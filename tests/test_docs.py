@@ -186,7 +186,10 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
         assert main(small(line.replace("image_size=512", "image_size=64"))[0]) == 0, line
 
 
-DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("engine", "export", "operations", "serving", "weights"))]
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("engine", "evaluation", "export", "operations", "serving", "weights")),
+]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -197,6 +200,19 @@ def test_commands_parse(name: str) -> None:
         assert len(commands) >= 5
     for command in commands:
         assert callable(_parse(command).handler)
+
+
+def test_the_recipe_of_evaluation(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    shutil.copytree(work / "runs/demo/generator/final/tokenizer", work / "runs/demo/with_text/final")
+    for line in blocks(read("docs/evaluation.md"), "bash")[0].splitlines():
+        line = line.replace("source=emoji", "source=shapes objects=8 held_out_objects=4")
+        line = re.sub(r"image_size=\d+", "image_size=16", re.sub(r"--count \d+", "--count 6", line))
+        assert main([*shlex.split(line)[1:], *(["--steps", "2"] if "generation" in line else [])]) == 0, line
+    out = capsys.readouterr().out
+    assert "| PSNR, dB |" in out and "Fréchet distance over the pixels" in out and "| recall over the pixels" in out
+    for name in ("tokenizer/reconstruction", "null/reconstruction", "generator/generation"):
+        assert all((work / "evaluation" / f"{name}{suffix}").is_file() for suffix in (".json", ".md", ".png"))
 
 
 def test_the_recipe_of_export(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

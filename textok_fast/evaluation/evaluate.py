@@ -440,6 +440,15 @@ def evaluate_text(
     return _finish("text", out, metrics, {}, settings, [], options, shown.pictures, shown.captions, 4, written)
 
 
+def captions_of(images: str | Path) -> list[str]:
+    """The captions of a folder or of shards, by key; InputError where there are none."""
+    pictures = open_pictures(images, image_size=8)
+    captions = [caption for caption in pictures.read(0, len(pictures)).captions or () if caption]
+    if not captions:
+        raise InputError(f"the pictures of {images} have no captions")
+    return captions
+
+
 def write_reference(images: str, out: Path, options: Options | None = None) -> dict[str, Any] | None:
     """Writes an .npz reference batch of a set of pictures, as ADM's: statistics of all of them, and 10,000 (or all) of them.
 
