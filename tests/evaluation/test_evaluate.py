@@ -198,6 +198,10 @@ def test_captions_matter_and_can_be_withheld(
         made = tokenizer.decode(tokenizer.encode(originals, texts), texts, output="uint8")
         assert found is not None and "codebook_use" not in found.metrics
         assert found.metrics["psnr"].value == pytest.approx(psnr(originals, made), abs=1e-3)
+    np.savez(tmp_path / "photos.npz", drawn(COUNT))
+    without = evaluate_reconstruction(model, str(tmp_path / "photos.npz"), tmp_path / "npz", options=options)
+    assert without is not None and null is not None and without.metrics == null.metrics
+    assert "12 of the 12 pictures have no caption" in " ".join(without.notes) and len(null.notes) == 1
     assert given is not None and null is not None and given.metrics["psnr"].value != null.metrics["psnr"].value
     with pytest.raises(InputError, match="captions differ"):
         evaluate_reconstruction(model, images, tmp_path / "given", with_captions=False, options=options)
@@ -292,8 +296,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**small, "vocab_size": len(tokens), "max_position_embeddings": 10, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**small, "image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
+    torch.manual_seed(3)  # of other seeds most scores are 0
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = CLIPProcessor(images, CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     directory = tmp_path_factory.mktemp("clip")
@@ -332,7 +339,9 @@ def test_prompts_are_taken_in_turn(
     config = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 1, "heads": 2, "learn_sigma": False}
     DiT(DiTConfig(**config, num_classes=0, text_dim=8)).save_pretrained(pipeline / "generator")
     make_tokenizer().save_pretrained(pipeline / "tokenizer")
-    (pipeline / "pipeline.json").write_text(json.dumps({"objective": "flow", "prediction": "velocity"}))
+    (pipeline / "pipeline.json").write_text(
+        json.dumps({"objective": "flow", "prediction": "velocity", "label_names": [], "captions": {}})
+    )
     sampling = Sampling(["red", "a cow"], steps=2)
     found = evaluate_text(
         str(pipeline), tmp_path / "out", clip=str(clip[0]), sampling=sampling, options=Options(count=5, npz=True)

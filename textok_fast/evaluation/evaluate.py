@@ -164,7 +164,7 @@ class _Pair(NamedTuple):
 
     originals: np.ndarray  # uint8 (n, S, S, 3)
     reconstructions: np.ndarray  # the same
-    captions: list[str] | None
+    captions: list[str]  # n, "" for none
     indices: Tensor | None  # (n, N) of VQ and FSQ
 
 
@@ -198,39 +198,15 @@ def evaluate_reconstruction(
     pictures = open_pictures(images, size, options.count)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, plan.device)
     given = _open_reference(reference, size)
-    engine: Any = Engine(cast(Any, tokenizer), plan)
-
     if pictures.shape != (size, size, 3):
         raise InputError(f"{images} has pictures {pictures.shape}, {model} takes {(size, size, 3)}")
-
-    def part(first: int, last: int) -> _Pair:
-        originals, captions = pictures.read(first, last)
-        made, indices = [], []
-        for start in range(0, len(originals), options.batch_size):
-            rows = slice(start, start + options.batch_size)
-            texts = captions[rows] if captions is not None and with_captions else None
-            tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
-            made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
-            if tokens.indices is not None:
-                indices.append(tokens.indices.cpu())
-        return _Pair(originals, np.concatenate(made), captions, torch.cat(indices) if indices else None)
-
+    part = _reconstructor(Engine(cast(Any, tokenizer), plan), pictures, options.batch_size, with_captions)
     made_by = {"tokenizer": fingerprint(tokenizer), "precision": plan.precision, "captions": with_captions}
     made_by = {**made_by, "pictures": pictures.identity}
-    stages: list[Stage[_Pair]] = []
-    try:
-        picture_metrics(*[np.zeros((1, size, size, 3), np.uint8)] * 2)
-        stages.append(Stage("psnr-ssim", made_by, lambda pair: picture_metrics(pair.originals, pair.reconstructions)))
-    except InputError as error:  # no torchmetrics, or pictures too small for SSIM
-        missing["PSNR, SSIM"] = str(error)
-    if not lpips[0]:
-        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
-    elif size < LPIPS_SMALLEST:
-        missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
-    else:
-        perceptual = load_lpips(*lpips).to(plan.device)
-        described = {**made_by, "lpips": fingerprint(perceptual)}
-        stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(perceptual, pair)}))
+    comparisons = _comparisons(size, lpips, options.device, made_by, missing)
+    stages = list(comparisons)
+    if reads_captions := with_captions and isinstance(tokenizer, TexTok) and tokenizer.config.text != "none":
+        stages.append(Stage("captions", made_by, lambda pair: {"given": torch.tensor([bool(text) for text in pair.captions])}))
     codes = tokenizer.bottleneck.codebook_size if isinstance(tokenizer, TexTok) else 0
     if codes:
         stages.append(Stage("codes", made_by, lambda pair: {"indices": cast(Tensor, pair.indices)}))
@@ -249,9 +225,7 @@ def evaluate_reconstruction(
     if not parts.processes.is_main:
         return None
 
-    compared: dict[str, Tensor] = {}
-    for stage in ("psnr-ssim", "lpips"):
-        compared |= parts.gather(stage, count) if stage in {each.name for each in stages} else {}
+    compared = {name: values for stage in comparisons for name, values in parts.gather(stage.name, count).items()}
     metrics = {
         name: Metric(float(compared[name].double().mean()), title, better)
         for name, title, better in PICTURE_METRICS
@@ -280,15 +254,55 @@ def evaluate_reconstruction(
         "reference": reference or "the originals",
         **_settings(options, parts),
     }
-    captions = pictures.read(0, 1).captions
-    if captions is None and with_captions:
-        notes.append("The pictures have no captions: the tokenizer had the null caption.")
+    lacking = count - int(parts.gather("captions", count)["given"].sum()) if reads_captions else 0
+    if lacking:
+        notes.append(f"{lacking:,} of the {count:,} pictures have no caption: the tokenizer, which reads them, had none there.")
     first = part(0, min(GRID_PICTURES // 2, count))
     shown = np.concatenate([first.originals, first.reconstructions])  # originals above, reconstructions below
     written = _write_pictures(parts, "pictures", count, out / "reconstructions.npz") if options.npz else []
     return _finish(
         "reconstruction", out, metrics, missing, settings, notes, options, shown, None, len(first.originals), written
     )
+
+
+def _reconstructor(engine: Any, pictures: Pictures, batch_size: int, with_captions: bool) -> Callable[[int, int], _Pair]:
+    """What reads a part of ``pictures`` and sends it through a tokenizer's engine."""
+
+    def part(first: int, last: int) -> _Pair:
+        originals, captions = pictures.read(first, last)
+        made, indices = [], []
+        for start in range(0, len(originals), batch_size):
+            rows = slice(start, start + batch_size)
+            texts = captions[rows] if captions is not None and with_captions else None
+            tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
+            made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
+            if tokens.indices is not None:
+                indices.append(tokens.indices.cpu())
+        known = captions or [""] * len(originals)
+        return _Pair(originals, np.concatenate(made), known, torch.cat(indices) if indices else None)
+
+    return part
+
+
+def _comparisons(
+    size: int, lpips: tuple[str, str], device: torch.device, made_by: dict[str, Any], missing: dict[str, str]
+) -> list[Stage[_Pair]]:
+    """The stages of :data:`PICTURE_METRICS`; what cannot be computed of pictures of ``size`` px goes to ``missing``."""
+    stages: list[Stage[_Pair]] = []
+    try:
+        picture_metrics(*[np.zeros((1, size, size, 3), np.uint8)] * 2)
+        stages.append(Stage("psnr-ssim", made_by, lambda pair: picture_metrics(pair.originals, pair.reconstructions)))
+    except InputError as error:  # no torchmetrics, or pictures too small for SSIM
+        missing["PSNR, SSIM"] = str(error)
+    if not lpips[0]:
+        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
+    elif size < LPIPS_SMALLEST:
+        missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
+    else:
+        network = load_lpips(*lpips).to(device)
+        described = {**made_by, "lpips": fingerprint(network)}
+        stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(network, pair)}))
+    return stages
 
 
 # -- generation and text ----------------------------------------------------------------------------------------------------
