@@ -48,6 +48,7 @@ class GanCritic:
         self.model = CriticNetwork(build_discriminator(config, image_size), weights.lecam_decay)
         self.pair: tuple[Tensor, Tensor] | None = None
         self.means: list[Tensor] = []  # of a step's micro-batches: the logits' means (2,)
+        self.penalties: list[Tensor] = []  # and the penalties of a step that has them
 
     def oppose(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
         """The generator's loss of the reconstructions (B, 3, S, S); the network's weights get no gradient from it."""
@@ -74,18 +75,20 @@ class GanCritic:
             total = total + self.weights.lecam * terms["lecam"]
             self.means.append(torch.stack([terms["real"], terms["fake"]]))
         if self.weights.r1:
-            if penalised:
-                penalty = r1_penalty(logits_real, real)
-                total = total + self.weights.r1 / 2 * self.weights.r1_interval * penalty
-                self.model.r1.copy_(mean_over_processes(penalty))
             terms["r1"] = self.model.r1.clone()
+            if penalised:
+                terms["r1"] = r1_penalty(logits_real, real)
+                total = total + self.weights.r1 / 2 * self.weights.r1_interval * terms["r1"]
+                self.penalties.append(terms["r1"].detach())
         return {"loss": total, **terms}
 
     def end_step(self) -> None:
         """The anchors take in the step's logits, of all micro-batches and processes together."""
         if self.means:
             self.model.averages.update(mean_over_processes(torch.stack(self.means).mean(dim=0)))
-            self.means = []
+        if self.penalties:
+            self.model.r1.copy_(mean_over_processes(torch.stack(self.penalties).mean()))
+        self.means, self.penalties = [], []
 
 
 @contextlib.contextmanager

@@ -69,13 +69,13 @@ def entropy_loss(affinities: Sequence[Tensor], temperature: float, diversity: fl
 
 
 def balanced(
-    reconstruction: Tensor, rebuilt: Tensor, opposed: Tensor, last_layer: Tensor, largest: float
+    reconstruction: Tensor, rebuilt: Tensor, opposed: Tensor, last_layer: Tensor, share: float, largest: float
 ) -> tuple[Tensor, Tensor]:
     """VQGAN's adaptive weight (Esser et al. 2021, arXiv 2012.09841, equation 7) and the balanced sum of two losses.
 
-    weight = min(|d rebuilt / dL| / (|d opposed / dL| + 1e-4), largest), the norms over the decoder's last layer L and of the
-    gradients' means over all processes, constants as in the authors' code; with gradient accumulation each micro-batch has its
-    own weight.
+    weight = share x min(|d rebuilt / dL| / (|d opposed / dL| + 1e-4), largest), L the decoder's last layer, the norms those of
+    the gradients' means over all processes, the constants those of the authors' code. With gradient accumulation each
+    micro-batch has its own weight.
 
     Args:
         reconstruction: (B, 3, S, S), which the scalars ``rebuilt`` and ``opposed`` are computed from.
@@ -88,7 +88,7 @@ def balanced(
     for gradient in gradients:
         (found,) = torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)
         norms.append(torch.linalg.vector_norm(mean_over_processes(found.float())))
-    weight = (norms[0] / (norms[1] + 1e-4)).clamp(max=largest)
+    weight = share * (norms[0] / (norms[1] + 1e-4)).clamp(max=largest)
     value = rebuilt.detach() + weight * opposed.detach()
     slope = (reconstruction * (gradients[0] + weight * gradients[1])).sum()
     return weight, value + slope - slope.detach()
@@ -119,9 +119,8 @@ def tokenizer_loss(
     if opposition is not None:
         terms["gan"] = opposition
         if weights.gan_adaptive and last_layer is not None:
-            # Of the weighted terms, as VQGAN weighs before it balances.
             terms["gan_weight"], rebuilt = balanced(
-                output.reconstruction, rebuilt, weights.gan * opposition, last_layer, weights.gan_adaptive_max
+                output.reconstruction, rebuilt, opposition, last_layer, weights.gan, weights.gan_adaptive_max
             )
         else:
             rebuilt = rebuilt + weights.gan * opposition
