@@ -174,15 +174,27 @@ class _Writer:
         for graph in graphs:
             self.say(f"tracing {graph.name}")
             models.append(onnx_files.trace(graph, {**about, "textok_precision": precision}, self.opset, known))
+        known.clear()  # a model is let go as soon as its file is there: of a large one several do not fit into memory
         with tempfile.TemporaryDirectory(dir=self.work.parent, prefix=".calibration.") as place:
-            if precision in QUANTIZED:
-                self._quantize(graphs, models, Path(place))
+            ranges = self._calibrate(graphs, models, Path(place)) if precision in QUANTIZED else {}
+            largest = max(
+                quantize.quantized_bytes(model, quantize.products(model, graph.left_alone))
+                if graph.name in ranges
+                else onnx_files.weight_bytes(model)
+                for graph, model in zip(graphs, models, strict=True)
+            )
             name = f"{'generator' if len(graphs) > 2 else graphs[0].name}.data"
-            with onnx_files.weights_beside(models, self.work / name) as store:
-                for graph, each in zip(graphs, models, strict=True):
+            with onnx_files.weights_beside(largest, self.work / name) as store:
+                for graph in graphs:
                     self.say(f"writing {graph.name}")
-                    onnx_files.save(each, self.work / f"{graph.name}.onnx", store)
-        for graph, each in zip(graphs, models, strict=True):
+                    traced = models.pop(0)
+                    if graph.name in ranges:
+                        quantize.quantize(traced, quantize.products(traced, graph.left_alone), ranges[graph.name], precision)
+                    onnx_files.save(traced, self.work / f"{graph.name}.onnx", store)
+                    for value in traced.graph.initializers.values():
+                        value.const_value = None  # the graph's parts refer to each other: it would stay until it is collected
+                    del traced
+        for graph in graphs:
             self.manifest.add(self.work, graph.name, f"{graph.name}.onnx")
             if precision in NOT_RUN:
                 self.rows += [OutputParity(graph.name, out, precision, 0, reason=NOT_RUN[precision]) for out in graph.outputs]
@@ -200,28 +212,37 @@ class _Writer:
             self.rows += rows
             if failed := [row for row in rows if not row.passed]:
                 graph32 = graph if exact is None else next(g for g in exact(model) if g.name == graph.name)
-                self._refuse(failed[0], graph32, each, given[-1])
+                self._refuse(failed[0], graph32, given[-1])
 
-    def _quantize(self, graphs: Sequence[Graph], models: Sequence[Any], place: Path) -> None:
+    def _calibrate(self, graphs: Sequence[Graph], models: Sequence[Any], place: Path) -> dict[str, dict[str, float]]:
+        """For each graph what :func:`quantize.quantize` takes. Weights of large models lie in ``place`` meanwhile."""
+        ranges: dict[str, dict[str, float]] = {}
         layers: dict[str, float] = {}  # of a product, by its module: graphs that have it in common quantize it alike
-        with onnx_files.weights_beside(models, place / "weights.data") as store:
+        weights = [(value, value.const_value) for model in models for value in model.graph.initializers.values()]
+        with onnx_files.weights_beside(max(map(onnx_files.weight_bytes, models)), place / "weights.data") as store:
             for graph, model in zip(graphs, models, strict=True):
                 if store is not None:
                     onnx_files.save(model, place / f"{graph.name}.onnx", store)
                 found = quantize.products(model, graph.left_alone)
                 names = {str(each.activation.name): onnx_files.scope(each.node) for each in found}
                 if set(names.values()) <= set(layers):
-                    ranges = {name: layers[layer] for name, layer in names.items()}
+                    ranges[graph.name] = {name: layers[layer] for name, layer in names.items()}
                 else:
                     self.say(f"calibrating {graph.name}")
                     given = list(self.calibrated_on.inputs(graph))
-                    ranges = quantize.calibrate(model, found, given, place, self.calibration, self.precision)
-                    layers |= {onnx_files.scope(each.node): ranges[str(each.activation.name)] for each in found}
-                quantize.quantize(model, found, ranges, self.precision)
+                    mine = quantize.calibrate(model, found, given, place, self.calibration, self.precision)
+                    layers |= {onnx_files.scope(each.node): mine[str(each.activation.name)] for each in found}
+                    ranges[graph.name] = mine
+        for value, tensor in weights:  # the module's own again, of which there is one copy in memory
+            value.const_value = tensor
+        return ranges
 
-    def _refuse(self, row: OutputParity, graph: Graph, model: Any, given: dict[str, Tensor]) -> None:
+    def _refuse(self, row: OutputParity, graph: Graph, given: dict[str, Tensor]) -> None:
+        import onnx_ir as ir
+
         limit = row.tolerance if row.tolerance is not None else parity.TOLERANCES[row.precision]
-        where = parity.describe_departure(parity.layer_errors(graph, model, given, self.work), limit)
+        written = ir.load(self.work / f"{graph.name}.onnx")
+        where = parity.describe_departure(parity.layer_errors(graph, written, given, self.work), limit)
         if row.differing is not None:
             what = f"{row.differing:.2g} of its numbers differ"
         else:

@@ -22,6 +22,7 @@ from textok_fast.inference.pipelines import FOLDERS, PIPELINE_NAME
 from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, WEIGHTS_NAME, locate, read_config
+from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.tokenizer import TexTok
 
 MANIFEST, FORMAT = "export.json", 1
@@ -39,8 +40,9 @@ class Source:
 
     @classmethod
     def load(cls, model: str | Path) -> Source:
-        """A tokenizer's, a generator's or a pipeline's directory, or a tokenizer's or generator's Hub id; on the CPU."""
-        directory = Path(model)
+        """A tokenizer's, a generator's or a pipeline's directory, a tokenizer's or generator's Hub id, or the name of weights
+        that come with the package; on the CPU."""
+        directory = find_model(model)
         if (directory / PIPELINE_NAME).is_file():
             try:
                 about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))

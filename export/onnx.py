@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -70,7 +70,7 @@ def _export(graph: Graph, tokenizer: TexTok, path: Path, tolerance: float) -> On
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
         file = Path(work, path.name)
         model = trace(graph, {"textok_config": to_dict(tokenizer.config)})
-        with weights_beside([model], file.with_name(f"{path.name}.data")) as store:
+        with weights_beside(weight_bytes(model), file.with_name(f"{path.name}.data")) as store:
             save(model, file, store)
         results = compare(graph, in_runtime(file, graph), examples(graph, CHECKED), "fp32", tolerance)
         worst = max((each.max_abs for each in results if each.max_abs is not None), default=0.0)
@@ -296,16 +296,17 @@ class WeightFile:
 
 
 @contextlib.contextmanager
-def weights_beside(models: Iterable[ir.Model], path: Path) -> Iterator[WeightFile | None]:
-    """A file for the weights of ``models`` where one of them would pass protobuf's 2 GB; else None, and no file."""
-    if max(map(_size, models), default=0) < EXTERNAL_BYTES:
+def weights_beside(largest: int, path: Path) -> Iterator[WeightFile | None]:
+    """A file for the weights of models of at most ``largest`` bytes where that passes protobuf's 2 GB; else None, no file."""
+    if largest < EXTERNAL_BYTES:
         yield None
         return
     with path.open("wb") as file:
         yield WeightFile(path, file)
 
 
-def _size(model: ir.Model) -> int:
+def weight_bytes(model: ir.Model) -> int:
+    """Of all weights that the model holds, in bytes."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 

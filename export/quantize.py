@@ -20,7 +20,7 @@ from torch import Tensor
 
 from textok_fast.errors import InputError
 from textok_fast.export.graphs import Inputs
-from textok_fast.export.onnx import release, run, save, scope, session
+from textok_fast.export.onnx import release, run, save, scope, session, weight_bytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -146,6 +146,12 @@ def round_trip(x: Tensor, largest: float, precision: str) -> Tensor:
     scaled = (x / scale).clamp(-LEVELS[precision], LEVELS[precision])
     rounded = scaled.round() if precision == "int8" else scaled.float().to(torch.float8_e4m3fn).to(x.dtype)
     return rounded * scale
+
+
+def quantized_bytes(model: ir.Model, found: Sequence[Product]) -> int:
+    """Of the model's weights after :func:`quantize`: those of ``found`` take a byte a number."""
+    replaced = {str(each.weight.name): each.weight.const_value for each in found}
+    return weight_bytes(model) - sum(each.nbytes - each.size for each in replaced.values() if each is not None)
 
 
 # -- the graph -----------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from textok_fast.inference.plan import Plan
 from textok_fast.inference.tokenizer import TokenizerEngine
 from textok_fast.modeling.autoencoder import LatentTokenizer, latent_tokenizer, load_tokenizer, token_shape
 from textok_fast.modeling.dit import DiT
+from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.text_encoders import TextFeatures, same_length
 from textok_fast.modeling.tokenizer import TexTok
 
@@ -371,12 +372,13 @@ def load_pipeline(
     directory: str | Path, device: str | torch.device = "cpu", plan: Plan | None = None
 ) -> TextToImagePipeline | ClassToImagePipeline:
     """The pipeline that ``textok-fast train generator``, ``textok-fast convert`` or ``interop.TexTokPipeline`` wrote: by class
-    when the generator has classes, else by caption.
+    when the generator has classes, else by caption. ``directory`` may also be the name of weights that come with the package
+    ("textok-mini").
 
     With a ``plan`` it runs through engines on the plan's device; on ``device`` are the weights that they are made from, and
     the text encoder.
     """
-    directory = Path(directory)
+    directory = find_model(directory)
     try:
         about = json.loads((directory / PIPELINE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from textok_fast.errors import InputError
 from textok_fast.files import write_text
 from textok_fast.modeling.dit import DiT
 from textok_fast.modeling.saving import CONFIG_NAME, load_state, read_config
+from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.tokenizer import Captions, Images, TexTok, Tokens, check_images, from_uint8, to_uint8
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # diffusers'
@@ -168,8 +169,11 @@ def token_shape(tokenizer: TexTok | LatentTokenizer) -> tuple[int, ...]:
 
 
 def load_tokenizer(source: str | Path, device: str | torch.device = "cpu") -> TexTok | LatentTokenizer:
-    """What a directory holds, a :class:`TexTok` (also by its Hub id) or an AutoencoderKL that ``textok-fast convert`` wrote."""
-    path = Path(source).expanduser()
+    """What a directory holds, or a pipeline's directory as its tokenizer: a :class:`TexTok` (also by its Hub id or a shipped
+    name) or an AutoencoderKL that ``textok-fast convert`` wrote."""
+    path = find_model(source)
+    if not (path / CONFIG_NAME).is_file() and (path / TexTok.folder / CONFIG_NAME).is_file():
+        source = path = path / TexTok.folder
     if (path / CONFIG_NAME).is_file() and read_config(path).get("_class_name") == "AutoencoderKL":
         return LatentTokenizer.from_pretrained(path, device=device)
     return TexTok.from_pretrained(source, device=device)

@@ -107,6 +107,7 @@ class DiT(PretrainedMixin, nn.Module):
 
     config_class = DiTConfig
     model_type = "textok-dit"
+    folder = "generator"
     pos_embed: Tensor
 
     def __init__(self, config: DiTConfig) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from textok_fast.config import from_mapping, to_dict
 from textok_fast.errors import InputError
 from textok_fast.files import save_tensors, write_text
+from textok_fast.modeling.shipped import find_model, shipped_names
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -26,6 +27,7 @@ class PretrainedMixin(nn.Module):
 
     config_class: type
     model_type: str
+    folder: str  # of a pipeline's directory, where such a model lies
     config: Any
 
     def save_pretrained(self, directory: str | Path, notes: Mapping[str, Any] | None = None) -> Path:
@@ -51,7 +53,8 @@ class PretrainedMixin(nn.Module):
         dtype: torch.dtype | None = None,
         **hub: Any,
     ) -> Self:
-        """Loads a directory that :meth:`save_pretrained` wrote, or a Hub repository by id, in eval mode.
+        """Loads a directory that :meth:`save_pretrained` wrote, a pipeline's directory's model of this kind, a Hub repository
+        by id, or weights that come with the package by their name ("textok-mini"), in eval mode.
 
         Args:
             subfolder: of the directory or the repository.
@@ -62,6 +65,8 @@ class PretrainedMixin(nn.Module):
             another shape.
         """
         directory = locate(source, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **hub)
+        if not (directory / CONFIG_NAME).is_file() and (directory / cls.folder / CONFIG_NAME).is_file():
+            directory = directory / cls.folder
         values = read_config(directory, f"a saved {cls.__name__}")
         kind = values.pop("model_type", values.get("_class_name"))  # diffusers'
         values = {name: value for name, value in values.items() if not name.startswith("_")}
@@ -111,18 +116,22 @@ def misfit(what: str, problems: list[str]) -> InputError:
 
 
 def locate(source: str | Path, files: Sequence[str], subfolder: str = "", **hub: Any) -> Path:
-    """A local directory, or a Hub id's ``files`` (patterns) downloaded to the Hub's cache; the ``subfolder`` of either.
+    """A local directory or one that comes with the package, or a Hub id's ``files`` (patterns) downloaded to the Hub's cache;
+    the ``subfolder`` of either.
 
     ``hub``: :data:`HUB_OPTIONS`. Raises: InputError where there is none, the Hub cannot be reached, or for another option.
     """
     if unknown := sorted(set(hub) - set(HUB_OPTIONS)):
         raise InputError(f"unknown options {', '.join(unknown)}; known: {', '.join(HUB_OPTIONS)}")
-    path = Path(source).expanduser()
+    path = find_model(source)
     if path.is_dir():
         return path / subfolder
     name = str(source)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"no model at {source}: wanted a directory with {CONFIG_NAME}, or a Hub id such as owner/name")
+        raise InputError(
+            f"no model at {source}: wanted a directory with {CONFIG_NAME}, a Hub id such as owner/name, or one of "
+            f"{', '.join(shipped_names()) or 'the names that come with the package, of which this install has none'}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

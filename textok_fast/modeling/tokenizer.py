@@ -198,6 +198,7 @@ class TexTok(PretrainedMixin, nn.Module):
 
     config_class = TexTokConfig
     model_type = "textok"
+    folder = "tokenizer"
     latent_mean: Tensor
     latent_std: Tensor
 
