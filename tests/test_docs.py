@@ -204,14 +204,15 @@ def test_commands_parse(name: str) -> None:
 
 def test_the_recipe_of_evaluation(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchmetrics")
-    shutil.copytree(work / "runs/demo/generator/final/tokenizer", work / "runs/demo/with_text/final")
+    for name in ("with_text", "no_text"):
+        shutil.copytree(work / "runs/demo/generator/final/tokenizer", work / "runs/demo" / name / "final")
     for line in blocks(read("docs/evaluation.md"), "bash")[0].splitlines():
-        line = line.replace("source=emoji", "source=shapes objects=8 held_out_objects=4")
+        line = line.replace("source=emoji", "source=shapes held_out_objects=4").replace("objects=128", "objects=8")
         line = re.sub(r"image_size=\d+", "image_size=16", re.sub(r"--count \d+", "--count 6", line))
         assert main([*shlex.split(line)[1:], *(["--steps", "2"] if "generation" in line else [])]) == 0, line
     out = capsys.readouterr().out
     assert "| PSNR, dB |" in out and "Fréchet distance over the pixels" in out and "| recall over the pixels" in out
-    for name in ("tokenizer/reconstruction", "null/reconstruction", "generator/generation"):
+    for name in ("with_text/reconstruction", "no_text/reconstruction", "null/reconstruction", "generator/generation"):
         assert all((work / "evaluation" / f"{name}{suffix}").is_file() for suffix in (".json", ".md", ".png"))
 
 
