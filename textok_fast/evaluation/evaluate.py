@@ -250,7 +250,7 @@ def evaluate_reconstruction(
         "images": images,
         "pictures": count,
         "image_size": size,
-        "captions": with_captions,
+        "captions": "read" if reads_captions else "not read" if with_captions else "withheld",
         "reference": reference or "the originals",
         **_settings(options, parts),
     }
