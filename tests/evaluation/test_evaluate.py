@@ -373,6 +373,9 @@ def test_mistakes_are_one_line(work: Path, tmp_path: Path, capsys: pytest.Captur
         error = capsys.readouterr().err
         assert (code, error.count("error: "), message in error) == (2, 1, True), error
     assert main(["evaluate", "reference", "--images", str(photos), "--out", str(tmp_path / "reference.txt")]) == 2
+    with pytest.raises(InputError, match="nothing can be computed: Inception's weights are not here"):
+        evaluate_generation(str(work / "pipeline"), tmp_path / "nothing", reference=str(photos))  # before 50,000 are made
+    assert not list(tmp_path.rglob("samples"))
     with pytest.raises(InputError, match="Inception's weights are not here"):
         write_reference(str(photos), tmp_path / "reference.npz")
     digest = InceptionNetwork(str(work / "inception.pth")).identity["sha256"]

@@ -349,22 +349,27 @@ class PipelinePictures:
         }
         size = self._pipeline.tokenizer.config.image_size
         self.shape = (size, size, 3)
-        parts.claim("samples", self.identity)
+
+    @property
+    def stage(self) -> Stage[Batch]:
+        """What keeps them; the first of a job over them."""
+        return Stage(
+            "samples",
+            self.identity,
+            lambda made: {"pictures": torch.from_numpy(made.pictures), "captions": made.captions or []},
+        )
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, first: int, last: int) -> Batch:
-        """Of one part, from its start; what is not on the disk yet is made."""
-        number, whole = first // self._parts.size, min(first + self._parts.size, self._count)
-        found = self._parts.load("samples", number)
+        """Of one part, from its start; what is not on the disk is made."""
+        found = self._parts.load("samples", first // self._parts.size)
         if found is None:
-            pictures, captions = self._make(first, whole)
-            found = {"pictures": pictures, "captions": captions}
-            self._parts.save("samples", number, found)
+            return self._make(first, last)
         return Batch(found["pictures"][: last - first].numpy(), found["captions"][: last - first])
 
-    def _make(self, first: int, last: int) -> tuple[Tensor, list[str]]:
+    def _make(self, first: int, last: int) -> Batch:
         pictures, captions = [], []
         for start in range(first, last, self._batch):
             rows = range(start, min(start + self._batch, last))
@@ -372,7 +377,7 @@ class PipelinePictures:
             made = self._pipeline(wanted, seed=[self._seed + row for row in rows], options=self._options)
             pictures.append(made.images.cpu())
             captions += made.captions
-        return torch.cat(pictures), captions
+        return Batch(torch.cat(pictures).numpy(), captions)
 
 
 def evaluate_generation(
@@ -390,11 +395,13 @@ def evaluate_generation(
     parts = Parts(out / "parts", options.part_size, Processes.join())
     pictures = _samples(samples, sampling, parts, options)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, options.device)
+    if not networks and not options.npz:
+        raise InputError(f"nothing can be computed: {missing.get('inception', 'no features were asked for')}")
     given = _open_reference(reference, pictures.shape[0])
-    stages: list[Stage[Batch]] = [
-        Stage(_stage("samples", network), {**network.identity, "pictures": pictures.identity}, _of_batch(network))
-        for network in networks
-    ]
+    stages = _kept(pictures)
+    for network in networks:
+        described = {**network.identity, "pictures": pictures.identity}
+        stages.append(Stage(_stage("samples", network), described, _of_batch(network)))
     count = len(pictures)
     parts.run([Job(count, pictures.read, stages), *_reference_jobs(given, networks)], options.progress)
     if not parts.processes.is_main:
@@ -441,7 +448,7 @@ def evaluate_text(
 
     stage = Stage("clip", {**scorer.identity, "pictures": pictures.identity}, score)
     count = len(pictures)
-    parts.run([Job(count, pictures.read, [stage])], options.progress)
+    parts.run([Job(count, pictures.read, [*_kept(pictures), stage])], options.progress)
     if not parts.processes.is_main:
         return None
     scores = parts.gather("clip", count)["score"].double()
@@ -609,6 +616,10 @@ def _lpips(network: nn.Module, pair: _Pair) -> Tensor:
         with exact_convolutions():
             found.append(network(both[1] / 127.5 - 1, both[0] / 127.5 - 1).cpu())
     return torch.cat(found)
+
+
+def _kept(pictures: Pictures) -> list[Stage[Batch]]:
+    return [pictures.stage] if isinstance(pictures, PipelinePictures) else []
 
 
 def _in_batches(network: FeatureNetwork) -> Callable[[np.ndarray], dict[str, Tensor]]:
