@@ -395,9 +395,9 @@ def evaluate_generation(
     parts = Parts(out / "parts", options.part_size, Processes.join())
     pictures = _samples(samples, sampling, parts, options)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, options.device)
+    given = _open_reference(reference, pictures.shape[0])
     if not networks and not options.npz:
         raise InputError(f"nothing can be computed: {missing.get('inception', 'no features were asked for')}")
-    given = _open_reference(reference, pictures.shape[0])
     stages = _kept(pictures)
     for network in networks:
         described = {**network.identity, "pictures": pictures.identity}
