@@ -188,7 +188,7 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("engine", "evaluation", "export", "operations", "serving", "weights")),
+    *(f"docs/{name}.md" for name in ("engine", "evaluation", "export", "operations", "serving", "training", "weights")),
 ]
 
 
@@ -245,6 +245,16 @@ def test_tables_are_complete() -> None:
     assert table(read("docs/engine.md", "Samplers")) == list(SAMPLERS)
     for title, target in re.findall(r"\[([^]]+)\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert target.startswith("https://") or (ROOT / "docs" / target).exists(), title
+
+
+def test_the_table_of_losses_is_complete() -> None:
+    """With the defaults that are so."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", read("docs/training.md", "Losses"), flags=re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(config.LossConfig)}
+    assert rows.keys() == defaults.keys() | {"kind", "stylegan", "patchgan", "frozen"}
+    for name, default in defaults.items():
+        said = float(rows[name]) if isinstance(default, float) else rows[name]
+        assert said == (default if isinstance(default, float) else ("none" if default == "" else str(default).lower())), name
 
 
 def test_links_inside_the_page_exist() -> None:

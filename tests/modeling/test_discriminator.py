@@ -188,7 +188,7 @@ def test_heads_on_frozen_features(backbones: Path, name: str, tokens: int) -> No
     assert not any("backbone" in key for key in network.state_dict())
     (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
     assert gradient.abs().sum() > 0
-    backbone = network._backbone[0]
+    backbone = network.backbone
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     before = backbone.mean.clone()
     network.double()
@@ -209,7 +209,7 @@ def test_features_are_patches_plus_class_token_of_normalised_pixels(backbones: P
 
 def test_a_head_written_out(backbones: Path) -> None:
     network = FrozenFeatureDiscriminator(str(backbones / "vit"), 16, layers=(2,), kernel=3).eval()
-    head, state = network.heads[0], network._backbone[0](torch.rand(2, 3, 16, 16))[2]  # (2, 32, 4)
+    head, state = network.heads[0], network.backbone(torch.rand(2, 3, 16, 16))[2]  # (2, 32, 4)
 
     def conv(x: torch.Tensor, layer: torch.nn.Module, kernel: int) -> torch.Tensor:
         weight = layer.parametrizations.weight.original  # type: ignore[union-attr, index]

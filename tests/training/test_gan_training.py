@@ -43,6 +43,12 @@ def gan_config(train_config: TrainConfig) -> TrainConfig:
     return make
 
 
+def save_vit(directory: Path, seed: int = 1) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(directory)
+
+
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint's tensors, of both networks and their optimizers."""
     newest = list_checkpoints(run)[-1]
@@ -110,10 +116,7 @@ def test_the_tokenizer_learns_from_a_discriminator_that_stands_still(gan_config:
 
 @pytest.mark.parametrize("kind", ["stylegan", "patchgan", "frozen"])
 def test_training_with_each_kind_still_lowers_the_reconstruction(gan_config: TrainConfig, tmp_path: Path, kind: str) -> None:
-    if kind == "frozen":
-        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        torch.manual_seed(1)
-        transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(tmp_path / "vit")
+    save_vit(tmp_path / "vit")
     discriminator = {"kind": kind, "channels": 4, "layers": 2, "backbone": str(tmp_path / "vit")}
     config = gan_config(tmp_path / "run", {"lecam": 0.001}, discriminator, run={"steps": 20, "batch_size": 4})
     result = train_tokenizer(config, progress=False)
@@ -140,6 +143,21 @@ def test_anchors_and_terms_do_not_depend_on_how_a_batch_is_cut(gan_config: Train
     for one, other in zip(*(result.history for result in runs), strict=True):
         for name in ("loss", "gan", "critic_loss", "critic_lecam"):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
+
+
+def test_the_frozen_network_may_move_and_not_change(gan_config: TrainConfig, tmp_path: Path) -> None:
+    def config(place: str) -> TokenizerTrainConfig:
+        return gan_config(tmp_path / "run", None, {"kind": "frozen", "backbone": str(tmp_path / place)}, run={"steps": 4})
+
+    save_vit(tmp_path / "vit")
+    train_tokenizer(config("vit"), progress=False)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
+    (tmp_path / "vit").rename(tmp_path / "moved")
+    train_tokenizer(config("moved"), resume=True, progress=False)
+    save_vit(tmp_path / "other", seed=2)
+    with pytest.raises(InputError, match=r"content\.backbone.*resume with the same settings"):
+        train_tokenizer(config("other"), resume=True, progress=False)
 
 
 def test_bf16(gan_config: TrainConfig, tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def _leaky(x: Tensor) -> Tensor:
 def blur(x: Tensor, pad: int, stride: int = 1) -> Tensor:
     """(B, C, H, W) with the kernel [1, 3, 3, 1] x [1, 3, 3, 1] / 64 after ``pad`` zeros on every side."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8  # (4,)
-    kernel = (taps[:, None] * taps)[None, None]  # (1, 1, 4, 4)
-    out = F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel, stride=stride, padding=pad)  # (B C, 1, H', W')
-    return out.squeeze(1).unflatten(0, x.shape[:2])
+    # Over channels, not over pictures and channels as one batch, which oneDNN does much slower.
+    kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, stride=stride, padding=pad, groups=x.shape[1])
 
 
 class _ResidualDown(nn.Module):
@@ -259,20 +259,24 @@ class FrozenFeatureDiscriminator(nn.Module):
         # In a tuple, so that nn.Module neither saves nor trains it; _apply moves it along.
         self._backbone = (FrozenBackbone(backbone, image_size),)
         with torch.no_grad():
-            states = self._backbone[0](torch.zeros(1, 3, image_size, image_size))
+            states = self.backbone(torch.zeros(1, 3, image_size, image_size))
         last = len(states) - 1
         self.layers = layers or tuple(sorted({round(last * quarter / 4) for quarter in range(5)}))
         if strange := [layer for layer in self.layers if not 0 <= layer <= last]:
             raise InputError(f"discriminator.feature_layers: {backbone} has hidden states 0 to {last}, got {strange[0]}")
         self.heads = nn.ModuleList(_Head(states[layer].shape[1], kernel) for layer in self.layers)
 
+    @property
+    def backbone(self) -> FrozenBackbone:
+        return self._backbone[0]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatureDiscriminator:
-        self._backbone[0]._apply(fn)
+        self.backbone._apply(fn)
         super()._apply(fn, recurse)
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self._backbone[0](pixels)
+        states = self.backbone(pixels)
         return torch.cat([head(states[layer]) for head, layer in zip(self.heads, self.layers, strict=True)], dim=1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from textok_fast.config import DiscriminatorConfig, LossConfig
-from textok_fast.modeling.discriminator import build_discriminator
+from textok_fast.modeling.discriminator import FrozenFeatureDiscriminator, build_discriminator
 from textok_fast.training.loop import StepRandom
 from textok_fast.training.losses import (
     LogitAverages,
@@ -49,6 +49,12 @@ class GanCritic:
         self.pair: tuple[Tensor, Tensor] | None = None
         self.means: list[Tensor] = []  # of a step's micro-batches: the logits' means (2,)
         self.penalties: list[Tensor] = []  # and the penalties of a step that has them
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The frozen network of a discriminator that has one."""
+        net = self.model.net
+        return net.backbone if isinstance(net, FrozenFeatureDiscriminator) else None
 
     def oppose(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
         """The generator's loss of the reconstructions (B, 3, S, S); the network's weights get no gradient from it."""

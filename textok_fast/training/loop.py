@@ -34,8 +34,10 @@ from textok_fast.ops.device import default_device
 from textok_fast.training.checkpoints import complete_directory, list_checkpoints, load_checkpoint, save_checkpoint
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers, learning_rate
 
-# Fields of RunConfig that a continuation may change: where things are, and what is shown and kept.
+# Settings that a continuation may change: where things are, and what is shown and kept.
 MAY_CHANGE = ("output_dir", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+# Places of frozen networks, whose weights are told by hashes in ``content``.
+PLACES = ("loss.lpips_weights", "loss.lpips_heads", "discriminator.backbone")
 
 
 class Examples(Protocol):
@@ -238,7 +240,7 @@ def _fit(
     ema = ExponentialMovingAverage(task.model, optim_config.ema_decay)
     # What must not change between a run and its continuation, or the two would be no one run.
     expected = _flat({**settings, "content": {**content, "length": len(dataset)}, "processes": world})
-    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in MAY_CHANGE}
+    expected = {key: value for key, value in expected.items() if key.removeprefix("run.") not in (*MAY_CHANGE, *PLACES)}
     checkpoints = list_checkpoints(run)
     done = load_checkpoint(checkpoints[-1], task.model, ema, optimizers, expected, adversary) if checkpoints else 0
     result = TrainResult(run, final, read_history(run), accelerator.is_main_process)

@@ -16,7 +16,6 @@ from textok_fast.modeling.tokenizer import TexTokOutput
 from textok_fast.training.perceptual import LPIPS
 
 GanLoss = Literal["hinge", "non-saturating"]
-RECONSTRUCTION_TERMS = ("l2", "gradient", "lpips")  # what the adaptive weight balances the discriminator's term with
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
+from textok_fast.modeling.encoding import fingerprint
 from textok_fast.modeling.layers import drop_captions
 from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
@@ -52,6 +53,12 @@ class TokenizerTask:
             opposition = self.critic.oppose(pixels, output.reconstruction)
         return tokenizer_loss(output, pixels, self.config.loss, self.perceptual, opposition, self.model.last_layer)
 
+    def frozen(self) -> dict[str, str]:
+        """Hashes of the networks that the loss reads and nobody trains, where there are any."""
+        backbone = None if self.critic is None else self.critic.backbone
+        networks = {"lpips": self.perceptual, "backbone": backbone}
+        return {name: fingerprint(network) for name, network in networks.items() if network is not None}
+
     def preview(self, rng: StepRandom) -> Image.Image:
         """Eight training pictures above their reconstructions."""
         batch = collate([self.dataset[index] for index in range(min(8, len(self.dataset)))])
@@ -89,5 +96,5 @@ def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progr
     torch.manual_seed(config.run.seed)  # the initial weights
     task = TokenizerTask(config, processes.device)
     announce(processes, task.dataset.describe())
-    content = {"content": task.dataset.content_hash()}
+    content = {"content": task.dataset.content_hash(), **task.frozen()}
     return fit(task, task.dataset, collate, config, content=content, resume=resume, progress=progress)
