@@ -188,7 +188,7 @@ def test_every_public_weight_in_the_readme_is_one_line(public: Path) -> None:
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "engine", "export", "operations", "serving", "training", "weights")),
+    *(f"docs/{name}.md" for name in ("data", "engine", "evaluation", "export", "operations", "serving", "training", "weights")),
 ]
 
 
@@ -218,6 +218,20 @@ def test_the_sources_of_data_are_all_there() -> None:
     text = read("docs/data.md").split("\n\n```bash")[0]
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \| ", text, flags=re.MULTILINE)))) - {"source"}
     assert named == set(get_args(get_type_hints(config.DataConfig)["source"]))
+
+
+def test_the_recipe_of_evaluation(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    for name in ("with_text", "no_text"):
+        shutil.copytree(work / "runs/demo/generator/final/tokenizer", work / "runs/demo" / name / "final")
+    for line in blocks(read("docs/evaluation.md"), "bash")[0].splitlines():
+        line = line.replace("source=emoji", "source=shapes held_out_objects=4").replace("objects=128", "objects=8")
+        line = re.sub(r"image_size=\d+", "image_size=16", re.sub(r"--count \d+", "--count 6", line))
+        assert main([*shlex.split(line)[1:], *(["--steps", "2"] if "generation" in line else [])]) == 0, line
+    out = capsys.readouterr().out
+    assert "| PSNR, dB |" in out and "Fréchet distance over the pixels" in out and "| recall over the pixels" in out
+    for name in ("with_text/reconstruction", "no_text/reconstruction", "null/reconstruction", "generator/generation"):
+        assert all((work / "evaluation" / f"{name}{suffix}").is_file() for suffix in (".json", ".md", ".png"))
 
 
 def test_the_recipe_of_export(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

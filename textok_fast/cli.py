@@ -312,9 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
             help="a pipeline's directory (of `train generator`, or `convert --tokenizer`), which then makes them; a folder of "
             "pictures, such as `sample` writes; .tar shards; or an .npz batch",
         )
-        made.add_argument(
-            "--prompts", type=Path, help="for a pipeline that reads captions: a file with one a line, taken in turn"
-        )
+        made.add_argument("--prompts", type=Path, metavar="FILE",
+            help="for a pipeline that reads captions: one a line, or a folder of captioned pictures, in turn")  # fmt: skip
         made.add_argument("--seed", type=int, default=0, help="sample i is made from seed + i (default: %(default)s)")
         made.add_argument("--steps", type=int, default=50)
         made.add_argument("--sampler", default="", help="as of `sample`")
@@ -750,7 +749,9 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
             )
         else:
             interval = tuple(args.guidance_interval) if args.guidance_interval else None
-            prompts = [] if args.prompts is None else _lines(args.prompts)
+            prompts: list[str] = []
+            if args.prompts is not None:
+                prompts = evaluate.captions_of(args.prompts) if args.prompts.is_dir() else _lines(args.prompts)
             sampling = evaluate.Sampling(
                 prompts, args.seed, args.steps, args.sampler, args.guidance, interval, args.guided_channels
             )

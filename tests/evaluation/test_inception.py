@@ -94,6 +94,16 @@ def test_a_batch_does_not_change_a_pictures_features(narrow: Path) -> None:
     torch.testing.assert_close(network(given).pool[2:], network(given[2:]).pool, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_features_are_the_cpus(narrow: Path) -> None:
+    """Without TensorFloat-32, which moves them by a thousandth."""
+    given = pictures(3).permute(0, 2, 3, 1).numpy()
+    here, there = (InceptionNetwork(str(narrow), device=device)(given) for device in ("cpu", "cuda"))
+    for name, features in here.items():
+        torch.testing.assert_close(there[name], features, rtol=1e-4, atol=1e-4)
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,7 @@ class _Pair(NamedTuple):
 
     originals: np.ndarray  # uint8 (n, S, S, 3)
     reconstructions: np.ndarray  # the same
-    captions: list[str] | None
+    captions: list[str]  # n, "" for none
     indices: Tensor | None  # (n, N) of VQ and FSQ
 
 
@@ -198,39 +198,15 @@ def evaluate_reconstruction(
     pictures = open_pictures(images, size, options.count)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, plan.device)
     given = _open_reference(reference, size)
-    engine: Any = Engine(cast(Any, tokenizer), plan)
-
     if pictures.shape != (size, size, 3):
         raise InputError(f"{images} has pictures {pictures.shape}, {model} takes {(size, size, 3)}")
-
-    def part(first: int, last: int) -> _Pair:
-        originals, captions = pictures.read(first, last)
-        made, indices = [], []
-        for start in range(0, len(originals), options.batch_size):
-            rows = slice(start, start + options.batch_size)
-            texts = captions[rows] if captions is not None and with_captions else None
-            tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
-            made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
-            if tokens.indices is not None:
-                indices.append(tokens.indices.cpu())
-        return _Pair(originals, np.concatenate(made), captions, torch.cat(indices) if indices else None)
-
+    part = _reconstructor(Engine(cast(Any, tokenizer), plan), pictures, options.batch_size, with_captions)
     made_by = {"tokenizer": fingerprint(tokenizer), "precision": plan.precision, "captions": with_captions}
     made_by = {**made_by, "pictures": pictures.identity}
-    stages: list[Stage[_Pair]] = []
-    try:
-        picture_metrics(*[np.zeros((1, size, size, 3), np.uint8)] * 2)
-        stages.append(Stage("psnr-ssim", made_by, lambda pair: picture_metrics(pair.originals, pair.reconstructions)))
-    except InputError as error:  # no torchmetrics, or pictures too small for SSIM
-        missing["PSNR, SSIM"] = str(error)
-    if not lpips[0]:
-        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
-    elif size < LPIPS_SMALLEST:
-        missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
-    else:
-        perceptual = load_lpips(*lpips).to(plan.device)
-        described = {**made_by, "lpips": fingerprint(perceptual)}
-        stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(perceptual, pair)}))
+    comparisons = _comparisons(size, lpips, options.device, made_by, missing)
+    stages = list(comparisons)
+    if reads_captions := with_captions and isinstance(tokenizer, TexTok) and tokenizer.config.text != "none":
+        stages.append(Stage("captions", made_by, lambda pair: {"given": torch.tensor([bool(text) for text in pair.captions])}))
     codes = tokenizer.bottleneck.codebook_size if isinstance(tokenizer, TexTok) else 0
     if codes:
         stages.append(Stage("codes", made_by, lambda pair: {"indices": cast(Tensor, pair.indices)}))
@@ -249,9 +225,7 @@ def evaluate_reconstruction(
     if not parts.processes.is_main:
         return None
 
-    compared: dict[str, Tensor] = {}
-    for stage in ("psnr-ssim", "lpips"):
-        compared |= parts.gather(stage, count) if stage in {each.name for each in stages} else {}
+    compared = {name: values for stage in comparisons for name, values in parts.gather(stage.name, count).items()}
     metrics = {
         name: Metric(float(compared[name].double().mean()), title, better)
         for name, title, better in PICTURE_METRICS
@@ -276,19 +250,59 @@ def evaluate_reconstruction(
         "images": images,
         "pictures": count,
         "image_size": size,
-        "captions": with_captions,
+        "captions": "read" if reads_captions else "not read" if with_captions else "withheld",
         "reference": reference or "the originals",
         **_settings(options, parts),
     }
-    captions = pictures.read(0, 1).captions
-    if captions is None and with_captions:
-        notes.append("The pictures have no captions: the tokenizer had the null caption.")
+    lacking = count - int(parts.gather("captions", count)["given"].sum()) if reads_captions else 0
+    if lacking:
+        notes.append(f"{lacking:,} of the {count:,} pictures have no caption: the tokenizer, which reads them, had none there.")
     first = part(0, min(GRID_PICTURES // 2, count))
     shown = np.concatenate([first.originals, first.reconstructions])  # originals above, reconstructions below
     written = _write_pictures(parts, "pictures", count, out / "reconstructions.npz") if options.npz else []
     return _finish(
         "reconstruction", out, metrics, missing, settings, notes, options, shown, None, len(first.originals), written
     )
+
+
+def _reconstructor(engine: Any, pictures: Pictures, batch_size: int, with_captions: bool) -> Callable[[int, int], _Pair]:
+    """What reads a part of ``pictures`` and sends it through a tokenizer's engine."""
+
+    def part(first: int, last: int) -> _Pair:
+        originals, captions = pictures.read(first, last)
+        made, indices = [], []
+        for start in range(0, len(originals), batch_size):
+            rows = slice(start, start + batch_size)
+            texts = captions[rows] if captions is not None and with_captions else None
+            tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
+            made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
+            if tokens.indices is not None:
+                indices.append(tokens.indices.cpu())
+        known = captions or [""] * len(originals)
+        return _Pair(originals, np.concatenate(made), known, torch.cat(indices) if indices else None)
+
+    return part
+
+
+def _comparisons(
+    size: int, lpips: tuple[str, str], device: torch.device, made_by: dict[str, Any], missing: dict[str, str]
+) -> list[Stage[_Pair]]:
+    """The stages of :data:`PICTURE_METRICS`; what cannot be computed of pictures of ``size`` px goes to ``missing``."""
+    stages: list[Stage[_Pair]] = []
+    try:
+        picture_metrics(*[np.zeros((1, size, size, 3), np.uint8)] * 2)
+        stages.append(Stage("psnr-ssim", made_by, lambda pair: picture_metrics(pair.originals, pair.reconstructions)))
+    except InputError as error:  # no torchmetrics, or pictures too small for SSIM
+        missing["PSNR, SSIM"] = str(error)
+    if not lpips[0]:
+        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
+    elif size < LPIPS_SMALLEST:
+        missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
+    else:
+        network = load_lpips(*lpips).to(device)
+        described = {**made_by, "lpips": fingerprint(network)}
+        stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(network, pair)}))
+    return stages
 
 
 # -- generation and text ----------------------------------------------------------------------------------------------------
@@ -335,22 +349,27 @@ class PipelinePictures:
         }
         size = self._pipeline.tokenizer.config.image_size
         self.shape = (size, size, 3)
-        parts.claim("samples", self.identity)
+
+    @property
+    def stage(self) -> Stage[Batch]:
+        """What keeps them; the first of a job over them."""
+        return Stage(
+            "samples",
+            self.identity,
+            lambda made: {"pictures": torch.from_numpy(made.pictures), "captions": made.captions or []},
+        )
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, first: int, last: int) -> Batch:
-        """Of one part, from its start; what is not on the disk yet is made."""
-        number, whole = first // self._parts.size, min(first + self._parts.size, self._count)
-        found = self._parts.load("samples", number)
+        """Of one part, from its start; what is not on the disk is made."""
+        found = self._parts.load("samples", first // self._parts.size)
         if found is None:
-            pictures, captions = self._make(first, whole)
-            found = {"pictures": pictures, "captions": captions}
-            self._parts.save("samples", number, found)
+            return self._make(first, last)
         return Batch(found["pictures"][: last - first].numpy(), found["captions"][: last - first])
 
-    def _make(self, first: int, last: int) -> tuple[Tensor, list[str]]:
+    def _make(self, first: int, last: int) -> Batch:
         pictures, captions = [], []
         for start in range(first, last, self._batch):
             rows = range(start, min(start + self._batch, last))
@@ -358,7 +377,7 @@ class PipelinePictures:
             made = self._pipeline(wanted, seed=[self._seed + row for row in rows], options=self._options)
             pictures.append(made.images.cpu())
             captions += made.captions
-        return torch.cat(pictures), captions
+        return Batch(torch.cat(pictures).numpy(), captions)
 
 
 def evaluate_generation(
@@ -377,10 +396,12 @@ def evaluate_generation(
     pictures = _samples(samples, sampling, parts, options)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, options.device)
     given = _open_reference(reference, pictures.shape[0])
-    stages: list[Stage[Batch]] = [
-        Stage(_stage("samples", network), {**network.identity, "pictures": pictures.identity}, _of_batch(network))
-        for network in networks
-    ]
+    if not networks and not options.npz:
+        raise InputError(f"nothing can be computed: {missing.get('inception', 'no features were asked for')}")
+    stages = _kept(pictures)
+    for network in networks:
+        described = {**network.identity, "pictures": pictures.identity}
+        stages.append(Stage(_stage("samples", network), described, _of_batch(network)))
     count = len(pictures)
     parts.run([Job(count, pictures.read, stages), *_reference_jobs(given, networks)], options.progress)
     if not parts.processes.is_main:
@@ -427,7 +448,7 @@ def evaluate_text(
 
     stage = Stage("clip", {**scorer.identity, "pictures": pictures.identity}, score)
     count = len(pictures)
-    parts.run([Job(count, pictures.read, [stage])], options.progress)
+    parts.run([Job(count, pictures.read, [*_kept(pictures), stage])], options.progress)
     if not parts.processes.is_main:
         return None
     scores = parts.gather("clip", count)["score"].double()
@@ -438,6 +459,15 @@ def evaluate_text(
     written = _write_npz(pictures, parts.size, out / "samples.npz") if options.npz else []
     shown = pictures.read(0, min(GRID_PICTURES, count))
     return _finish("text", out, metrics, {}, settings, [], options, shown.pictures, shown.captions, 4, written)
+
+
+def captions_of(images: str | Path) -> list[str]:
+    """The captions of a folder or of shards, by key; InputError where there are none."""
+    pictures = open_pictures(images, image_size=8)
+    captions = [caption for caption in pictures.read(0, len(pictures)).captions or () if caption]
+    if not captions:
+        raise InputError(f"the pictures of {images} have no captions")
+    return captions
 
 
 def write_reference(images: str, out: Path, options: Options | None = None) -> dict[str, Any] | None:
@@ -586,6 +616,10 @@ def _lpips(network: nn.Module, pair: _Pair) -> Tensor:
         with exact_convolutions():
             found.append(network(both[1] / 127.5 - 1, both[0] / 127.5 - 1).cpu())
     return torch.cat(found)
+
+
+def _kept(pictures: Pictures) -> list[Stage[Batch]]:
+    return [pictures.stage] if isinstance(pictures, PipelinePictures) else []
 
 
 def _in_batches(network: FeatureNetwork) -> Callable[[np.ndarray], dict[str, Tensor]]:

@@ -49,12 +49,14 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """
     if first.mean.shape != second.mean.shape:
         raise InputError(f"features of {first.mean.size} and of {second.mean.size} numbers cannot be compared")
+    # By torch, whose threads are counted; numpy's wait for each other on a machine that has other work.
+    one, other = (torch.from_numpy(each.covariance) for each in (first, second))
+    values, vectors = torch.linalg.eigh(one)
+    root = vectors * values.clamp_min(0).sqrt()  # S1 = root root^T, so root^T S2 root has the eigenvalues of S1 S2
+    inner = root.T @ other @ root
+    trace = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
     difference = first.mean - second.mean
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = vectors * np.sqrt(values.clip(min=0))  # S1 = root root^T, and the product has the eigenvalues of S1 S2
-    inner = root.T @ second.covariance @ root
-    trace = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
-    distance = difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * trace
+    distance = difference @ difference + float(one.trace() + other.trace() - 2 * trace)
     return max(float(distance), 0.0)  # equal sets may come out at -1e-12
 
 
