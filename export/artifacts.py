@@ -162,9 +162,10 @@ def _write_graphs(source: Source, work: Path, chosen: _Options, progress: Callab
     dtype = DTYPES[precision]
     with tempfile.TemporaryDirectory(dir=work.parent, prefix=".compared.") as copies:
         writer = _Writer(source, work, Path(copies), manifest, material, chosen, say)
-        encoder: object = None if source.tokenizer is None else source.tokenizer.text_encoder  # or somebody's own
-        if isinstance(encoder, TextEncoder) and (what == "text" or (what == "all" and material.text is not None)):
-            manifest.text = _about_text(encoder)
+        encoder: object = None
+        if source.tokenizer is not None and (what == "text" or (what == "all" and material.text is not None)):
+            encoder = source.tokenizer.text_encoder  # loaded here; or somebody's own
+            manifest.text = _about_text(encoder) if isinstance(encoder, TextEncoder) else None
         about = {
             "textok_config": manifest.tokenizer,
             "textok_dit_config": manifest.generator,
@@ -503,7 +504,7 @@ def export_engines(
         manifest, rows, runs_here = writer.manifest, writer.rows, True
         manifest.to = to
         manifest.write(work)  # the builder reads how long captions are
-        graphs = {graph.name: graph for graph in _exact_graphs(writer.source)}
+        graphs = {graph.name: graph for graph in _exact_graphs(writer.source, "text" in manifest.files)}
         for name in [name for name, entry in manifest.files.items() if entry["file"].endswith(".onnx")]:
             say(f"building {name}")
             try:
@@ -532,12 +533,13 @@ def export_engines(
     return Exported(Path(out), manifest, rows)
 
 
-def _exact_graphs(source: Source) -> list[Graph]:
-    """All that a source has, in float32."""
+def _exact_graphs(source: Source, has_text: bool) -> list[Graph]:
+    """All that a source has, in float32; the text encoder's only on request, for it would be loaded."""
     graphs: list[Graph] = [] if source.tokenizer is None else tokenizer_graphs(source.tokenizer)
     graphs += [] if source.generator is None else generator_graphs(source.generator)
-    encoder: object = None if source.tokenizer is None else source.tokenizer.text_encoder
-    return [*graphs, TextGraph.of(encoder)] if isinstance(encoder, TextEncoder) else graphs
+    if has_text and source.tokenizer is not None:
+        graphs.append(TextGraph.of(source.tokenizer.text_encoder))
+    return graphs
 
 
 def _compare_engine(built: tensorrt.BuiltEngine, graph: Graph, writer: _Writer, precision: str) -> list[OutputParity]:

@@ -104,7 +104,8 @@ def test_quantized_engines_are_compared_on_what_nothing_was_calibrated_on(
 
     monkeypatch.setattr(Material, "gather", counted)
     rows = {
-        row.graph: row for row in export(saved, tmp_path / "out", "tensorrt", "decoder", precision="int8", pictures=4).parity
+        row.graph: row
+        for row in export(saved, tmp_path / "out", "tensorrt", what="decoder", precision="int8", pictures=4).parity
     }
     assert gathered == [8]  # once: 4 to calibrate on and 4 others, at most a third
     one, other = rows["decoder"], rows["decoder.engine"]
@@ -112,7 +113,14 @@ def test_quantized_engines_are_compared_on_what_nothing_was_calibrated_on(
     assert "on 2 inputs from" in (note := (tmp_path / "out" / "parity.md").read_text())
     assert "calibrated (percentile) on 6 others" in note
     export(
-        saved, tmp_path / "out", "onnx", "decoder", precision="int8", pictures=1, images=one_picture(tmp_path), tolerance=1.0
+        saved,
+        tmp_path / "out",
+        "onnx",
+        what="decoder",
+        precision="int8",
+        pictures=1,
+        images=one_picture(tmp_path),
+        tolerance=1.0,
     )
     assert "calibrated (percentile) on the same picture" in (tmp_path / "out" / "parity.md").read_text()
 
