@@ -225,10 +225,6 @@ def _build(
         known = {**PROFILE, "text_length": (low, min(usual, longest_text), longest_text)}
         profiles = [_add_profile(builder, config, network, {**known, **given}, onnx) for given in options.profiles]
         if options.refit:
-            if to == "tensorrt-rtx" and not torch.cuda.is_available():
-                raise InputError(
-                    "tensorrt-rtx builds engines that can be refitted on a GPU only, and here is none: leave refit"
-                )
             config.set_flag(trt.BuilderFlag.REFIT)
         if options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -315,6 +311,8 @@ def require_options(to: str, options: BuildOptions) -> None:
         return
     if options.timing_cache is not None:
         raise InputError("tensorrt-rtx times no kernels, so it keeps no timing cache: leave timing_cache (--timing-cache) out")
+    if options.refit and not torch.cuda.is_available():
+        raise InputError("tensorrt-rtx builds engines that can be refitted on a GPU only, and here is none: leave refit")
     if targets is None:
         return
     known = _compute_capabilities(trt)
