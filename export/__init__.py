@@ -2,18 +2,14 @@
 
 from textok_fast.export.artifacts import Exported, export, export_aoti, export_onnx
 from textok_fast.export.directory import Manifest, Source
-from textok_fast.export.onnx import OnnxCheck, export_decoder, export_encoder
 from textok_fast.export.runtime import load
 
 __all__ = [
     "Exported",
     "Manifest",
-    "OnnxCheck",
     "Source",
     "export",
     "export_aoti",
-    "export_decoder",
-    "export_encoder",
     "export_onnx",
     "load",
 ]

@@ -6,7 +6,7 @@ the residual stream and the embedding of time and class stay float32, and a toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -504,12 +504,31 @@ class TextGraph(Graph):
     def __init__(self, encoder: nn.Module, vocabulary: int, most_text: int | None) -> None:
         super().__init__()
         self.encoder, self._vocabulary, self.most_text = encoder, vocabulary, most_text
+        self._source: TextEncoder | None = None  # whose tokenizer and clauses captions go through
         self.axes = {"input_ids": {0: BATCH, 1: TEXT}, "attention_mask": {0: BATCH, 1: TEXT}}
 
     @classmethod
     def of(cls, encoder: TextEncoder) -> TextGraph:
         network = encoder._loaded()
-        return cls(network.model, len(network.tokenizer), network.max_positions)
+        graph = cls(network.model, len(network.tokenizer), network.max_positions)
+        graph._source = encoder
+        return graph
+
+    def of_captions(self, captions: Sequence[str]) -> Iterator[Inputs]:
+        """What the text encoder hands its network for these captions, clause by clause where it splits them; nothing without
+        one, and for captions without a word."""
+        if self._source is None:
+            return
+        tokenizer = self._source._loaded().tokenizer
+        texts = [clause for index, caption in enumerate(captions) for clause in self._source._clauses(index, caption)]
+        ids = tokenizer(texts, truncation=self.most_text is not None, max_length=self.most_text)["input_ids"] if texts else []
+        if not ids:
+            return
+        longest, pad = max(map(len, ids)), tokenizer.pad_token_id or 0
+        yield {
+            "input_ids": torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids]),  # (B, N_t)
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+        }
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         return (self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)

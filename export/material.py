@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from textok_fast.data.base import collate
 from textok_fast.diffusion import FlowMatching, sampler_program
 from textok_fast.errors import InputError
 from textok_fast.export.directory import Source
-from textok_fast.export.graphs import Graph, Inputs
+from textok_fast.export.graphs import Graph, Inputs, TextGraph
 from textok_fast.inference.generator import sample_shape
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import from_uint8
@@ -45,6 +45,7 @@ class Material:
     text: TextFeatures | None
     tokens: Tensor
     labels: Tensor
+    captions: list[str] = field(default_factory=list)
 
     @classmethod
     def gather(cls, source: Source, images: str | Path | None = None, count: int = 8) -> Material:
@@ -83,13 +84,14 @@ class Material:
         parts = [
             tokenizer.encode(pixels[i : i + BATCH], _part(text, slice(i, i + BATCH))).mode() for i in range(0, found, BATCH)
         ]
-        return cls(source, dataset.describe(), pixels, text, torch.cat(parts), labels[:found])
+        captions = list(batch["captions"])
+        return cls(source, dataset.describe(), pixels, text, torch.cat(parts), labels[:found], captions)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def parted(self) -> tuple[Material, Material]:
-        """Those to calibrate on, and others to compare on: the same ones where there is only one picture."""
+        """Those to calibrate on, and others to compare on: the very same object where there is only one picture."""
         held_out = min(HELD_OUT, len(self) // 3) or (len(self) > 1)
         border = len(self) - held_out
         return (self._part(slice(0, border)), self._part(slice(border, None))) if held_out else (self, self)
@@ -97,13 +99,20 @@ class Material:
     def _part(self, part: slice) -> Material:
         pixels = None if self.pixels is None else self.pixels[part]
         return dataclasses.replace(
-            self, pixels=pixels, text=_part(self.text, part), tokens=self.tokens[part], labels=self.labels[part]
+            self,
+            pixels=pixels,
+            text=_part(self.text, part),
+            tokens=self.tokens[part],
+            labels=self.labels[part],
+            captions=self.captions[part],
         )
 
     @torch.no_grad()
     def inputs(self, graph: Graph) -> Iterator[Inputs]:
         """What the pictures give the graph, :data:`BATCH` at a time. A generator sees them at times spread over all."""
-        if graph.name == "text":
+        if isinstance(graph, TextGraph):
+            for start in range(0, len(self.captions), BATCH):
+                yield from graph.of_captions(self.captions[start : start + BATCH])
             return
         for number, start in enumerate(range(0, len(self), BATCH)):
             part = slice(start, start + BATCH)

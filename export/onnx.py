@@ -8,79 +8,30 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from textok_fast import __version__
-from textok_fast.config import to_dict
 from textok_fast.errors import InputError
-from textok_fast.export.graphs import TEXT, DecoderGraph, EncoderGraph, Graph, Inputs, Part, on_cpu
-from textok_fast.modeling.tokenizer import TexTok
+from textok_fast.export.graphs import TEXT, Graph, Inputs, Part
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET = 20  # the first with Gelu; 23's Attention is refused by some runtimes in float32
+OPSET = 20  # the first with Gelu. 23 has Attention, which TensorRT-RTX refuses in float32 and for small heads
 SCOPES = "pkg.torch.onnx.name_scopes"  # a node's metadata: the modules it lies in, outermost first
 EXTERNAL_BYTES = 2**31 - 2**24  # a file of protobuf holds 2 GB: from here on weights lie beside it
 _INLINE_BYTES = 2**10  # smaller tensors stay in the graph: shape inference reads them
 _ALIGNMENT = 2**16  # of weights in their file, so that a runtime can map it into memory on any system
 TRACED = (2, 5)  # batch and caption length, neither of them 1, which would become a constant
-CHECKED = ((1, 1), (3, 7))  # at which the finished file is run
-
-
-@dataclass
-class OnnxCheck:
-    """An exported file and how far ONNX Runtime's outputs are from PyTorch's on the same inputs."""
-
-    path: str
-    max_abs_error: float
-    tolerance: float
-    opset: int
-    runtime: str
-
-
-def export_decoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4) -> OnnxCheck:
-    """Writes the decoder with dynamic batch and caption length; inputs ``tokens``, ``text``, ``text_mask``; output ``pixels``.
-
-    A caption whose mask is all False is the null caption. The file is in float32 whatever the tokenizer's device and dtype.
-    Raises InputError without onnx, onnxscript and onnxruntime, and when ONNX Runtime differs from PyTorch on the CPU by more
-    than ``tolerance``; then no file is left.
-    """
-    return _export(DecoderGraph(on_cpu(tokenizer)), tokenizer, Path(path), tolerance)
-
-
-def export_encoder(tokenizer: TexTok, path: str | Path, tolerance: float = 1e-4) -> OnnxCheck:
-    """Writes the encoder; inputs ``pixels``, ``text``, ``text_mask``; output ``tokens``, of VQ and FSQ also ``indices``, of KL
-    also ``std``. Else as :func:`export_decoder`."""
-    return _export(EncoderGraph(on_cpu(tokenizer)), tokenizer, Path(path), tolerance)
-
-
-def _export(graph: Graph, tokenizer: TexTok, path: Path, tolerance: float) -> OnnxCheck:
-    from textok_fast.export.parity import compare, examples, in_runtime
-
-    require_libraries()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
-        file = Path(work, path.name)
-        model = trace(graph, {"textok_config": to_dict(tokenizer.config)})
-        with weights_beside(weight_bytes(model), file.with_name(f"{path.name}.data")) as store:
-            save(model, file, store)
-        results = compare(graph, in_runtime(file, graph), examples(graph, CHECKED), "fp32", tolerance)
-        worst = max((each.max_abs for each in results if each.max_abs is not None), default=0.0)
-        if any(not each.passed for each in results):
-            raise InputError(
-                f"{path} was not written: ONNX Runtime differs from PyTorch by {worst:.3g}, allowed is {tolerance:.3g}"
-            )
-        for made in sorted(Path(work).iterdir(), key=lambda each: each == file):  # the graph last
-            made.replace(path.with_name(made.name))
-    return OnnxCheck(str(path), worst, tolerance, OPSET, runtime_name())
+LATEST = 25  # opset that torch's exporter and onnx's converter reach
+_MOVES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+)  # operators that round nothing
 
 
 # -- tracing -------------------------------------------------------------------------------------------------------------------
@@ -96,6 +47,12 @@ def require_libraries() -> None:
         raise InputError(f"ONNX export needs {error.name}: pip install 'textok-fast[export]'") from None
 
 
+def require_opset(opset: int) -> None:
+    """InputError for one without the operators that graphs are made of, and for one that nothing here writes."""
+    if not OPSET <= opset <= LATEST:
+        raise InputError(f"the opset must be {OPSET} (the first with Gelu) to {LATEST}, got {opset}")
+
+
 def runtime_name() -> str:
     import onnxruntime
 
@@ -108,8 +65,10 @@ def trace(graph: Graph, about: dict[str, Any], opset: int = OPSET, known: dict[s
     ``known``: models that were traced before, by name, which gains those that are traced here: a graph made of others is put
     together from them. Weights are references to the module's.
 
-    Raises: InputError for an operator that is not ONNX's own, and for a size that became a constant.
+    Raises: InputError for an operator that is not ONNX's own, for a size that became a constant, and as
+        :func:`require_opset`.
     """
+    require_opset(opset)
     known = {} if known is None else known
     if parts := graph.parts():
         for part in parts:
@@ -344,6 +303,59 @@ def release(tensor: ir.TensorProtocol | None) -> None:
         tensor.release()
 
 
+# -- bfloat16 where nothing runs it --------------------------------------------------------------------------------------------
+
+
+def widen(model: ir.Model, store: WeightFile | None = None) -> None:
+    """Makes bfloat16 float32 whose numbers are rounded to bfloat16 after each operator that computes, in place.
+
+    These are the numbers of a runtime that computes an operator in float32 and stores its result in bfloat16. ONNX Runtime's
+    CPU provider, which has no operators of bfloat16 but Cast, runs this. Large weights go to ``store`` at once.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    narrow, wide = ir.DataType.BFLOAT16, ir.TensorType(ir.DataType.FLOAT)
+
+    def float32(tensor: ir.TensorProtocol) -> ir.Tensor:
+        made = ir.Tensor(np.array(tensor.numpy(), np.float32), name=tensor.name)
+        release(tensor)
+        return made
+
+    graph = model.graph
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == narrow:
+            held = float32(tensor)
+            value.const_value = held if store is None or held.nbytes < _INLINE_BYTES else store.add(held)
+            value.type = wide
+    for node in list(graph):
+        casts = node.op_type == "Cast" and node.attributes["to"].as_int() == int(narrow)
+        if casts:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
+                node.attributes[name] = ir.AttrTensor(name, float32(attribute.as_tensor()))
+        for value in node.outputs:
+            if value.dtype != narrow and not casts:
+                continue
+            value.type = wide
+            if node.op_type in _MOVES:
+                continue
+            to = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(narrow))], outputs=[ir.Value(name=f"{value.name}_bf16")])
+            back = ir.Node(
+                "",
+                "Cast",
+                [to.outputs[0]],
+                [ir.AttrInt64("to", int(ir.DataType.FLOAT))],
+                outputs=[ir.Value(name=f"{value.name}_rounded", type=wide, shape=value.shape)],
+            )
+            for user, place in list(value.uses()):
+                if user is not to:
+                    user.replace_input_with(place, back.outputs[0])
+            graph.insert_after(node, [to, back])
+
+
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +377,3 @@ def run(handle: Any, inputs: Inputs, outputs: list[str] | None = None) -> list[t
     """Outputs (None: all of them) of a session, as tensors."""
     given = {name: value.detach().contiguous().numpy() for name, value in inputs.items()}
     return [torch.from_numpy(value) for value in handle.run(outputs, given)]
-
-
-__all__ = ["OPSET", "OnnxCheck", "export_decoder", "export_encoder"]

@@ -65,6 +65,12 @@ def products(model: ir.Model, left_alone: Sequence[str] = ()) -> list[Product]:
 # -- calibration ---------------------------------------------------------------------------------------------------------------
 
 
+def require_method(method: str) -> None:
+    """InputError for another than :data:`METHODS`."""
+    if method not in METHODS:
+        raise InputError(f"calibration must be one of {', '.join(METHODS)}, got {method!r}")
+
+
 def calibrate(
     model: ir.Model,
     found: Sequence[Product],
@@ -82,8 +88,7 @@ def calibrate(
         inputs: what the graph is run on, in float32, in ONNX Runtime.
         directory: where the model's weights lie, if they lie in a file.
     """
-    if method not in METHODS:
-        raise InputError(f"calibration must be one of {', '.join(METHODS)}, got {method!r}")
+    require_method(method)
     if not inputs:
         raise InputError("calibration needs inputs: give at least one captioned picture")
     values = {str(each.activation.name): each.activation for each in found}

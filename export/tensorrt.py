@@ -89,6 +89,14 @@ class BuildOptions:
     timing_cache: str | Path | None = None
     level: int | None = None
 
+    def __post_init__(self) -> None:
+        for profile in self.profiles:
+            for name, size in profile.items():
+                if len(size) != 3 or not 1 <= size[0] <= size[1] <= size[2]:
+                    raise InputError(
+                        f"the sizes of {name!r} must be three, 1 <= smallest <= most frequent <= largest, got {tuple(size)}"
+                    )
+
 
 @dataclass(frozen=True)
 class EngineFile:
@@ -217,10 +225,6 @@ def _build(
         known = {**PROFILE, "text_length": (low, min(usual, longest_text), longest_text)}
         profiles = [_add_profile(builder, config, network, {**known, **given}, onnx) for given in options.profiles]
         if options.refit:
-            if to == "tensorrt-rtx" and not torch.cuda.is_available():
-                raise InputError(
-                    "tensorrt-rtx builds engines that can be refitted on a GPU only, and here is none: leave refit"
-                )
             config.set_flag(trt.BuilderFlag.REFIT)
         if options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -281,32 +285,50 @@ def _precision(trt: Any, network: Any) -> str:
 def _set_targets(trt: Any, to: str, config: Any, options: BuildOptions, precision: str) -> tuple[list[str], str | None]:
     """What the engine is built for: compute capabilities, and the GPU's name where it is built for the one at hand alone."""
     here = this_gpu()
+    require_options(to, options)
     if to == "tensorrt":
-        if here is None:
-            raise InputError("tensorrt builds on the GPU that will run the engine, and here is none; tensorrt-rtx needs none")
-        if options.targets is not None and list(options.targets) != [here[0]]:
-            raise InputError(f"tensorrt builds for the GPU at hand, {here[0]}, got targets {', '.join(options.targets)}")
+        assert here is not None
         return [here[0]], here[1]
     if options.targets is not None:
         targets = list(options.targets)
     else:
         targets = [here[0]] if here is not None else list(FP8_TARGETS if precision == "fp8" else TARGETS)
-    known = {f"sm_{name[2:]}": value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
-    if unknown := [target for target in targets if target not in known]:
-        raise InputError(f"{to} {trt.__version__} builds for {', '.join(known)}, got {', '.join(unknown)}")
-    if not targets or len(set(targets)) != len(targets):
-        raise InputError(f"give each target once, and at least one of {', '.join(known)}; got {', '.join(targets) or 'none'}")
+    known = _compute_capabilities(trt)
     config.num_compute_capabilities = len(targets)
     for i, target in enumerate(targets):
         config.set_compute_capability(known[target], i)
     return targets, None
 
 
+def require_options(to: str, options: BuildOptions) -> None:
+    """InputError for options that engines cannot be built with here, or that would change nothing; before anything is built."""
+    trt, here, targets = import_module(to), this_gpu(), options.targets
+    if to == "tensorrt":
+        if here is None:
+            raise InputError("tensorrt builds on the GPU that will run the engine, and here is none; tensorrt-rtx needs none")
+        if targets is not None and list(targets) != [here[0]]:
+            raise InputError(f"tensorrt builds for the GPU at hand, {here[0]}, got targets {', '.join(targets)}")
+        return
+    if options.timing_cache is not None:
+        raise InputError("tensorrt-rtx times no kernels, so it keeps no timing cache: leave timing_cache (--timing-cache) out")
+    if options.refit and not torch.cuda.is_available():
+        raise InputError("tensorrt-rtx builds engines that can be refitted on a GPU only, and here is none: leave refit")
+    if targets is None:
+        return
+    known = _compute_capabilities(trt)
+    if unknown := [target for target in targets if target not in known]:
+        raise InputError(f"{to} {trt.__version__} builds for {', '.join(known)}, got {', '.join(unknown)}")
+    if not targets or len(set(targets)) != len(targets):
+        raise InputError(f"give each target once, and at least one of {', '.join(known)}; got {', '.join(targets) or 'none'}")
+
+
+def _compute_capabilities(trt: Any) -> dict[str, Any]:
+    """Those that TensorRT-RTX builds for, by names such as "sm_89"."""
+    return {f"sm_{name[2:]}": value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
+
+
 def _add_profile(builder: Any, config: Any, network: Any, sizes: Profile, onnx: Path) -> dict[str, list[int]]:
     """Adds an optimization profile; returns the sizes that it gives the network's free dimensions."""
-    for name, size in sizes.items():
-        if len(size) != 3 or not 1 <= size[0] <= size[1] <= size[2]:
-            raise InputError(f"the sizes of {name!r} must be three, 1 <= smallest <= most frequent <= largest, got {size}")
     profile = builder.create_optimization_profile()
     used: dict[str, list[int]] = {}
     for i in range(network.num_inputs):

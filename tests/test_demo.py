@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from textok_fast import demo as demo_module
 from textok_fast.cli import main
@@ -94,19 +95,49 @@ def test_what_stands_in_for_the_pictures_stands_in_for_every_part(small_demo: _D
     assert not [item for item in demo.overrides if "emoji" in item]
 
 
-def test_an_export_that_differs_costs_no_report(small_demo: _Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    import textok_fast.export
+def small_pipeline(make_tokenizer: Any, directory: Path) -> Path:
+    from textok_fast import DiT, DiTConfig
+    from textok_fast.inference.pipelines import ClassToImagePipeline
 
-    def export(*_: object) -> None:
-        raise InputError("x.onnx was not written: ONNX Runtime differs")
+    torch.manual_seed(0)
+    generator = DiT(DiTConfig(num_tokens=3, in_channels=4, width=16, depth=1, heads=2, num_classes=5)).eval()
+    tokenizer = make_tokenizer(encoder_depth=1, decoder_depth=1, text="none")
+    return ClassToImagePipeline(generator, tokenizer).save_pretrained(directory)
 
-    monkeypatch.setattr(textok_fast.export, "export_decoder", export)
+
+def test_the_report_has_a_row_for_each_runtime(small_demo: _Demo, make_tokenizer: Any, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
     from textok_fast.evaluation import DemoResults, render_report
 
     results = DemoResults(command="", date="", machine={})
-    small_demo._export(results, None)
+    small_demo._export(results, small_pipeline(make_tokenizer, tmp_path / "pipeline"))
+    rows = {row["runtime"]: row for row in results.onnx}
+    exact, rough = rows["ONNX Runtime, fp32"], rows["ONNX Runtime, int8"]
+    assert exact["passed"] and exact["relative_error_of_samples"] < 1e-4 < rough["relative_error"] and rough["passed"]
+    for row in (exact, rough):  # whose pipeline runs from where the report says
+        assert (Path(row["directory"]) / "sampler.onnx").is_file()
+    engine = next(row for row in results.onnx if row["runtime"].startswith("TensorRT-RTX"))
+    assert engine["reason"] or engine["passed"]
+    page = render_report(results)
+    assert all(text in page for text in ("ONNX Runtime, int8", "TensorRT-RTX", "AOTInductor", "--to aoti"))
+
+
+def test_an_export_that_differs_costs_no_report(
+    small_demo: _Demo, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import textok_fast.export
+
+    def export(*_: object, **__: object) -> None:
+        raise InputError("nothing was written: decoder's pixels differ")
+
+    monkeypatch.setattr(textok_fast.export, "export", export)
+    from textok_fast.evaluation import DemoResults, render_report
+
+    results = DemoResults(command="", date="", machine={})
+    small_demo._export(results, small_pipeline(make_tokenizer, tmp_path / "pipeline"))
     assert results.onnx[0]["passed"] is False
-    assert "ONNX Runtime differs" in render_report(results)
+    assert "pixels differ" in render_report(results)
 
 
 def test_what_is_lacking_is_said_before_the_training(
@@ -133,7 +164,8 @@ def test_quick_demo_ends_with_a_report(tmp_path: Path, capsys: pytest.CaptureFix
         assert all(0 < row["psnr"] < 60 and -1 <= row["ssim"] <= 1 for row in results["metrics"][split].values())
     # The two tokenizers saw the same batches: the first logged loss of each is on the same pictures at the same step.
     assert [line[0] for line in results["losses"]["with text"]] == [line[0] for line in results["losses"]["no text"]]
-    assert [row["passed"] for row in results["onnx"]] == [True, True] and (out / "decoder.onnx").stat().st_size > 100_000
+    assert [row["passed"] for row in results["onnx"][:2]] == [True, True]
+    assert (out / "export" / "onnx-fp32" / "decoder.onnx").stat().st_size > 100_000
     assert {row["tokens"] for row in results["speedup"]["rows"]} == {32, 256}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 2 * 4 + 1

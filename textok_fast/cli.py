@@ -274,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--tolerance", type=float, help="what an output may differ by (default: by precision, in docs/export.md)"
     )
+    export.add_argument("--opset", type=int, help="of the ONNX files, 20 to 25 (default: 20; from 23 on with Attention)")
     export.add_argument("--device", help="that packages of aoti are for: cpu, cuda or cuda:N (default: cpu)")
     export.add_argument("--targets", nargs="+", metavar="SM",
         help="GPUs that engines of tensorrt-rtx are for, as sm_89 (default: the one here, or sm_80, 86, 89, 120)")  # fmt: skip
@@ -692,7 +693,7 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
 
     options: dict[str, Any] = {"what": args.what, "precision": args.precision, "images": args.images, "pictures": args.pictures}
     given = {"calibration": args.calibration, "tolerance": args.tolerance, "device": args.device}
-    given |= {"targets": args.targets, "timing_cache": args.timing_cache}
+    given |= {"targets": args.targets, "timing_cache": args.timing_cache, "opset": args.opset}
     sizes = {"batch": args.batch, "text_length": args.text_length}
     if profile := {name: tuple(size) for name, size in sizes.items() if size is not None}:
         given["profiles"] = [profile]

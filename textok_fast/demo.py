@@ -1,8 +1,8 @@
 """The whole path on real pictures in minutes: ``textok-fast demo``.
 
 Pictures, two tokenizers (with and without text) on the same batches, their quality on held-out compositions and objects, cached
-tokens, a small DiT, samples, an ONNX decoder checked in ONNX Runtime, one denoising step over few and over many tokens, and a
-report. Every part that is finished is kept: the same command again goes on where the last one stopped.
+tokens, a small DiT, samples, all of it exported and run in ONNX Runtime, one denoising step over few and over many tokens, and
+a report. Every part that is finished is kept: the same command again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class _Demo:
         with self._part("sampling"):
             pipeline = load_pipeline(generator)
             self._sample(results, pipeline, held_out["compositions"])
-        with self._part("ONNX export"):
-            self._export(results, tokenizers["with_text"])
+        with self._part("export"):
+            self._export(results, generator)
         with self._part("speed-up"):
             self._speedup(results, command)
         results.losses = {
@@ -294,45 +294,44 @@ class _Demo:
         made = pipeline(captions, seed=0, options=SamplingOptions(steps=50, guidance_scale=2.0))
         results.samples, results.sample_captions = made.images.numpy(), captions
 
-    def _export(self, results: Any, tokenizer: Any) -> None:
-        from textok_fast.export import Source, export, export_decoder
+    def _export(self, results: Any, directory: Path) -> None:
+        """A row for each runtime; of one whose export fails the report says why, beside everything else."""
+        from textok_fast.export import Source
 
-        model = "decoder, with text"
+        source = Source.load(directory)
+        for precision in ("fp32", "int8"):
+            results.onnx.append(self._exported(source, f"ONNX Runtime, {precision}", "onnx", precision, "all"))
+        if importlib.util.find_spec("tensorrt_rtx") is not None:  # builds without a GPU; with one it is compared too
+            results.onnx.append(self._exported(source, "TensorRT-RTX, fp16", "tensorrt-rtx", "fp16", "decoder"))
+        else:
+            results.onnx.append({"runtime": "TensorRT-RTX", "reason": "not installed: pip install 'textok-fast[tensorrt-rtx]'"})
+        reason = "left out: it compiles every network anew; textok-fast export --to aoti does that"
+        results.onnx.append({"runtime": "AOTInductor", "reason": reason})
+
+    def _exported(self, source: Any, runtime: str, to: str, precision: str, what: str) -> dict[str, Any]:
+        """``what`` of the pipeline for one runtime, and where that runs here, samples drawn through ``export.load``."""
+        from textok_fast.export import export, load
+        from textok_fast.export.material import Material
+        from textok_fast.export.parity import whole_samples
+        from textok_fast.inference.pipelines import GenerationPipeline, build_pipeline
+
+        row: dict[str, Any] = {"runtime": runtime, "of": "the pipeline" if what == "all" else f"the {what}"}
+        out = self.out / "export" / f"{to}-{precision}"
         try:
-            check = export_decoder(tokenizer, self.out / "decoder.onnx")
-        except InputError as error:  # the report says so, beside everything else
-            results.onnx.append({"model": model, "passed": False, "reason": str(error)})
-            return
-        results.onnx.append(
-            {
-                "model": model,
-                "max_abs_difference": check.max_abs_error,
-                "tolerance": check.tolerance,
-                "passed": True,
-                "opset": check.opset,
-                "runtime": check.runtime,
-                "file": check.path,
-            }
-        )
-        try:
-            made = export(Source(tokenizer), self.out / "decoder-int8", what="decoder", precision="int8")
+            made = export(source, out, to, what=what, precision=precision, pictures=4)
+            (decoder,) = [each for each in made.parity if each.graph == ("decoder" if to == "onnx" else "decoder.engine")]
+            row |= {"largest_error_of_pixels": decoder.max_abs, "relative_error": decoder.relative, "psnr": decoder.psnr}
+            row |= {"passed": decoder.passed, "reason": decoder.reason, "opset": made.manifest.opset, "directory": str(out)}
+            if what == "all":
+                loaded = load(out, "cpu")
+                assert isinstance(loaded, GenerationPipeline)
+                reference = build_pipeline(source.generator, source.tokenizer, source.pipeline, "the demo")
+                tokens, pictures = whole_samples(reference, loaded, Material.gather(source, count=4), precision)
+                row |= {"relative_error_of_samples": tokens.relative, "psnr_of_samples": pictures.psnr}
+                row["passed"] = bool(row["passed"] and tokens.passed and pictures.passed)
         except InputError as error:
-            results.onnx.append({"model": f"{model}, int8", "passed": False, "reason": str(error)})
-            return
-        (row,) = made.parity
-        results.onnx.append(
-            {
-                "model": f"{model}, int8",
-                "max_abs_difference": row.max_abs,
-                "relative_difference": row.relative,
-                "tolerance": row.tolerance,
-                "psnr": row.psnr,
-                "passed": row.passed,
-                "opset": made.manifest.opset,
-                "runtime": check.runtime,
-                "file": str(made.directory / "decoder.onnx"),
-            }
-        )
+            row |= {"passed": False, "reason": str(error)}
+        return row
 
     def _speedup(self, results: Any, command: str) -> None:
         from textok_fast.evaluation import StepTimesConfig, run_step_times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ import fake_triton  # noqa: E402
 from tiny_export import tiny_dit  # noqa: E402
 
 from textok_fast.cli import main  # noqa: E402
-from textok_fast.export import Manifest, export, load, tensorrt  # noqa: E402
+from textok_fast.export import Manifest, Source, export, load, tensorrt  # noqa: E402
+from textok_fast.export.material import Material  # noqa: E402
 from textok_fast.export.server import ServerOptions  # noqa: E402
 from textok_fast.inference import SamplingOptions  # noqa: E402
 from textok_fast.inference.pipelines import ClassToImagePipeline  # noqa: E402
@@ -53,11 +55,19 @@ def test_engines_are_compared_and_loaded_as_the_pipeline(saved: Path, tmp_path: 
 
     out = tmp_path / "out"
     exported = export(saved, out, "tensorrt", pictures=2, profiles=[{"batch": (1, 2, 4)}])
-    rows = {row.graph: row for row in exported.parity}
+    assert [(row.graph, row.output, row.passed) for row in exported.parity if "steps" in row.graph] == [
+        (name, output, True) for name in ("8 steps", "8 steps of the engines") for output in ("tokens", "pictures")
+    ]
+    rows = {row.graph: row for row in exported.parity if "steps" not in row.graph}
     engines = [name for name in rows if name.endswith(".engine")]
     assert sorted(engines) == [f"{name}.engine" for name in ("decoder", "encoder", "forward", "modulation", "sampler", "step")]
     assert all(rows[name].passed and rows[name].cases for name in engines)
     assert "| decoder.engine | pixels | fp32 |" in (out / "parity.md").read_text()
+    assert "2 inputs from: 2 scenes" in (out / "parity.md").read_text()
+    manifest = Manifest.read(out)
+    for name in engines:
+        file = out / name
+        assert manifest.files[name]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert Manifest.read(out).to == "tensorrt" and {path.name for path in out.iterdir()} <= Manifest.read(out).owned
     pipeline, options = load(out), SamplingOptions(steps=3, guidance_scale=2.0)
     assert isinstance(pipeline, ClassToImagePipeline)
@@ -79,6 +89,71 @@ def test_an_engine_that_cannot_be_built_leaves_its_log(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(InputError, match="tensorrt is not installed"):
         export(saved, tmp_path / "out", "tensorrt", pictures=2)
+
+
+def test_quantized_engines_are_compared_on_what_nothing_was_calibrated_on(
+    saved: Path, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake engine runs the ONNX file: on the same inputs it has the same errors."""
+    gathered: list[int] = []
+    gather = Material.gather
+
+    def counted(source: Source, images: str | Path | None = None, count: int = 8) -> Material:
+        gathered.append(count)
+        return gather(source, images, count)
+
+    monkeypatch.setattr(Material, "gather", counted)
+    rows = {
+        row.graph: row
+        for row in export(saved, tmp_path / "out", "tensorrt", what="decoder", precision="int8", pictures=4).parity
+    }
+    assert gathered == [8]  # once: 4 to calibrate on and 4 others, at most a third
+    one, other = rows["decoder"], rows["decoder.engine"]
+    assert one.cases == other.cases == 1
+    assert (one.max_abs, one.relative, one.psnr) == pytest.approx((other.max_abs, other.relative, other.psnr), rel=0.01)
+    assert "on 2 inputs from" in (note := (tmp_path / "out" / "parity.md").read_text())
+    assert "calibrated (percentile) on 6 others" in note
+    export(
+        saved,
+        tmp_path / "out",
+        "onnx",
+        what="decoder",
+        precision="int8",
+        pictures=1,
+        images=one_picture(tmp_path),
+        tolerance=1.0,
+    )
+    assert "calibrated (percentile) on the same picture" in (tmp_path / "out" / "parity.md").read_text()
+
+
+def one_picture(directory: Path) -> Path:
+    from PIL import Image
+
+    folder = directory / "photos"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(folder / "red.png")
+    (folder / "red.txt").write_text("red")
+    return folder
+
+
+def test_what_engines_cannot_be_built_with_is_said_first(
+    saved: Path, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_tensorrt.module("tensorrt_rtx"))
+    said: list[str] = []
+    for to, options, message in (
+        ("tensorrt", {"profiles": [{"batch": (4, 2, 1)}]}, r"sizes of 'batch' must be three, .* got \(4, 2, 1\)"),
+        ("tensorrt", {"targets": ["sm_80"]}, "builds for the GPU at hand, sm_89, got targets sm_80"),
+        ("tensorrt-rtx", {"targets": ["sm_1"]}, "got sm_1"),
+        ("tensorrt-rtx", {"targets": []}, "give each target once"),
+        ("tensorrt-rtx", {"timing_cache": tmp_path / "times"}, r"keeps no timing cache: leave timing_cache \(--timing-cache\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(saved, tmp_path / "out", to, progress=said.append, **options)
+    monkeypatch.setattr(tensorrt, "this_gpu", lambda: None)
+    with pytest.raises(InputError, match="and here is none; tensorrt-rtx needs none"):
+        export(saved, tmp_path / "out", "tensorrt", progress=said.append)
+    assert not said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")

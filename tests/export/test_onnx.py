@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx", reason=REASON)
 onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 pytest.importorskip("onnxscript", reason=REASON)
 
-from textok_fast.export import export_decoder, export_encoder  # noqa: E402
+from textok_fast.export import Source, export_onnx  # noqa: E402
 
 Make = Callable[..., TexTok]
 
@@ -42,15 +42,11 @@ def test_both_halves_match_pytorch_at_other_sizes_than_they_were_traced_at(
     depth = 2 if bottleneck == "none" and text == "both" else 1
     tokenizer = make_tokenizer(text=text, bottleneck=bottleneck, encoder_depth=depth, decoder_depth=depth)
     tokenizer.set_latent_statistics(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.0, 2.0, 1.5]))
-    checks = [
-        export_decoder(tokenizer, tmp_path / "decoder.onnx"),
-        export_encoder(tokenizer, tmp_path / "sub" / "encoder.onnx"),
-    ]
-    assert [Path(check.path).name for check in checks] == ["decoder.onnx", "encoder.onnx"]
-    assert all(check.max_abs_error <= check.tolerance == 1e-4 for check in checks)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["decoder.onnx", "encoder.onnx"]
+    exported = export_onnx(Source(tokenizer), tmp_path / "out", pictures=1)
+    assert all(row.passed and row.tolerance in (1e-4, 0.01) for row in exported.parity)
+    assert {"decoder.onnx", "encoder.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}
     # The file says what it holds, and needs nothing but standard operators.
-    model = onnx.load(str(tmp_path / "decoder.onnx"))
+    model = onnx.load(str(tmp_path / "out" / "decoder.onnx"))
     (entry,) = [entry for entry in model.metadata_props if entry.key == "textok_config"]
     assert from_mapping(TexTokConfig, json.loads(entry.value)) == tokenizer.config
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
@@ -60,19 +56,11 @@ def test_both_halves_match_pytorch_at_other_sizes_than_they_were_traced_at(
             pair = (given["text"], given["text_mask"]) if given else None
             images = torch.rand(batch, 3, 16, 16) * 2 - 1
             tokens = tokenizer.encode(images, pair)
-            got = run(tmp_path / "sub" / "encoder.onnx", {"pixels": images, **given})
+            got = run(tmp_path / "out" / "encoder.onnx", {"pixels": images, **given})
             np.testing.assert_allclose(got, tokens.mode().numpy(), atol=1e-4)
             plain = tokens.mode().clone()
-            pixels = run(tmp_path / "decoder.onnx", {"tokens": plain, **given})
+            pixels = run(tmp_path / "out" / "decoder.onnx", {"tokens": plain, **given})
             np.testing.assert_allclose(pixels, tokenizer.decode(plain, pair).numpy(), atol=1e-4)
-
-
-def test_a_file_that_differs_from_pytorch_is_not_left_behind(make_tokenizer: Make, tmp_path: Path) -> None:
-    (tmp_path / "decoder.onnx").write_bytes(b"an earlier one")
-    with pytest.raises(InputError, match="was not written: ONNX Runtime differs"):
-        export_decoder(make_tokenizer(text="none", decoder_depth=1), tmp_path / "decoder.onnx", tolerance=-1.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["decoder.onnx"]
-    assert (tmp_path / "decoder.onnx").read_bytes() == b"an earlier one"
 
 
 def test_without_the_extra_it_says_what_to_install(
@@ -80,16 +68,18 @@ def test_without_the_extra_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(InputError, match=r"pip install 'textok-fast\[export\]'"):
-        export_decoder(make_tokenizer(text="none"), tmp_path / "decoder.onnx")
+        export_onnx(Source(make_tokenizer(text="none")), tmp_path / "out")
 
 
 def test_a_tokenizer_in_another_precision_is_exported_in_float32(make_tokenizer: Make, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(text="none", decoder_depth=1)
-    plain = export_decoder(tokenizer, tmp_path / "plain.onnx")
-    half = export_decoder(make_tokenizer(text="none", decoder_depth=1).bfloat16(), tmp_path / "half.onnx")
-    assert max(plain.max_abs_error, half.max_abs_error) <= 1e-4
+    for name, tokenizer in (
+        ("plain", make_tokenizer(text="none", decoder_depth=1)),
+        ("half", make_tokenizer(text="none", decoder_depth=1).bfloat16()),
+    ):
+        (row,) = export_onnx(Source(tokenizer), tmp_path / name, "decoder", pictures=1).parity
+        assert row.max_abs is not None and row.max_abs <= 1e-4
     tokens = torch.randn(2, 3, 4)
-    a, b = run(tmp_path / "plain.onnx", {"tokens": tokens}), run(tmp_path / "half.onnx", {"tokens": tokens})
+    a, b = (run(tmp_path / name / "decoder.onnx", {"tokens": tokens}) for name in ("plain", "half"))
     assert a.dtype == b.dtype == np.float32
     np.testing.assert_allclose(a, b, atol=0.05)
 
@@ -98,6 +88,5 @@ def test_a_tokenizer_in_another_precision_is_exported_in_float32(make_tokenizer:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_tokenizer_on_a_gpu(make_tokenizer: Make, tmp_path: Path) -> None:
     tokenizer = make_tokenizer().to("cuda")
-    for export in (export_decoder, export_encoder):
-        assert export(tokenizer, tmp_path / "x.onnx").max_abs_error <= 1e-4
+    assert all(row.passed for row in export_onnx(Source(tokenizer), tmp_path / "out", pictures=1).parity)
     assert tokenizer.device.type == "cuda"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from textok_fast.export import onnx as files  # noqa: E402
 from textok_fast.export.graphs import DecoderGraph, GeneratorNetwork, StepGraph, TextGraph  # noqa: E402
 from textok_fast.export.material import Material  # noqa: E402
 from textok_fast.export.parity import examples  # noqa: E402
+from textok_fast.export.tensorrt import BuildOptions, build_engines  # noqa: E402
 
 Make = Callable[..., TexTok]
 
@@ -84,7 +87,8 @@ def test_every_batch_and_caption_length_runs(source: Source, exported: tuple[str
         for given in examples(graph, [(batch, length) for batch in (1, 3, 8) for length in (1, 5, 16)]):
             (got,) = files.run(handle, given)
             (wanted,) = graph.reference(**given)
-            assert got.shape == wanted.shape and float((got - wanted).norm() / wanted.norm()) < 0.5
+            # Within 0.15 on the held-out pictures (the rows above); random numbers lie outside of the calibrated ranges.
+            assert got.shape == wanted.shape and float((got - wanted).norm() / wanted.norm()) < 0.25
 
 
 def test_weights_shrink(source: Source, exported: tuple[str, Path, Any], tmp_path: Path) -> None:
@@ -103,8 +107,9 @@ def test_weights_shrink(source: Source, exported: tuple[str, Path, Any], tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_ranges(source: Source, tmp_path: Path, precision: str) -> None:
+def test_ranges(source: Source, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.tokenizer is not None
+    monkeypatch.setattr(quantize, "PERCENTILE", 90.0)  # of so few numbers the largest is within 99.99 %
     graph = DecoderGraph(source.tokenizer)
     model = files.trace(graph, {})
     inputs = list(Material.gather(Source(source.tokenizer), count=4).inputs(graph))
@@ -119,8 +124,10 @@ def test_ranges(source: Source, tmp_path: Path, precision: str) -> None:
     model.graph.outputs.append(found[0].activation)
     files.save(model, tmp_path / "probe.onnx")
     handle = files.session(tmp_path / "probe.onnx")
-    seen = max(float(files.run(handle, given, [name])[0].abs().max()) for given in inputs)
-    assert ranges["max"][name] == pytest.approx(seen)
+    seen = torch.cat([files.run(handle, given, [name])[0].abs().flatten() for given in inputs])
+    assert ranges["max"][name] == pytest.approx(float(seen.max()))
+    wanted = float(seen.quantile(0.9))  # but for the histogram's bins
+    assert wanted <= ranges["percentile"][name] <= wanted + 3 * float(seen.max()) / quantize.BINS < 0.9 * float(seen.max())
 
 
 def test_the_least_error_is_the_least() -> None:
@@ -165,6 +172,36 @@ def test_an_activation_that_is_always_zero(source: Source, tmp_path: Path) -> No
     assert bool(torch.isfinite(pixels).all())
 
 
-def test_text_graphs_are_compared_on_seeded_inputs_alone(source: Source) -> None:
-    graph = TextGraph(torch.nn.Identity(), 10, None)
-    assert not list(Material.gather(source, count=1).inputs(graph))
+def test_text_graphs_see_the_captions_as_their_encoder_hands_them_over(source: Source) -> None:
+    class Words:
+        pad_token_id = 9
+
+        def __call__(self, texts: list[str], truncation: bool, max_length: int | None) -> dict[str, list[list[int]]]:
+            assert truncation and max_length == 4
+            return {"input_ids": [[1, *(len(word) for word in text.split()), 2][:max_length] for text in texts]}
+
+    material = Material.gather(source, count=3)
+    assert len(material.captions) == 3 and all(material.captions)
+    material.captions = ["a cow; red sky", "", "sheep"]
+    graph = TextGraph(torch.nn.Identity(), 10, 4)
+    assert not list(material.inputs(graph))  # of no encoder
+    graph._source = SimpleNamespace(  # type: ignore[assignment]
+        _loaded=lambda: SimpleNamespace(tokenizer=Words()),
+        _clauses=lambda index, text: [each for each in text.split("; ") if each],
+    )
+    first, second = material.inputs(graph)
+    assert first["input_ids"].tolist() == [[1, 1, 3, 2], [1, 3, 3, 2]] and first["attention_mask"].min() == 1
+    assert second["input_ids"].tolist() == [[1, 5, 2]]
+    material.captions = ["a cow; sheep", "", ""]
+    (given,) = material.inputs(graph)
+    assert given["input_ids"].tolist() == [[1, 1, 3, 2], [1, 5, 2, 9]]
+    assert given["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+def test_quantized_graphs_become_engines_of_their_precision(exported: tuple[str, Path, Any], tmp_path: Path) -> None:
+    precision, out, _ = exported
+    for name in ("decoder", "step")[: 1 + (precision == "int8")]:
+        options = BuildOptions([{"batch": (1, 2, 4), "text_length": (1, 4, 8)}], targets=["sm_89"])
+        ((_, about),) = build_engines(out, "tensorrt-rtx", [name], options, tmp_path)
+        assert (about.precision, about.targets) == (precision, ["sm_89"])

@@ -209,7 +209,8 @@ def test_packages(make_tokenizer: Make, tmp_path: Path) -> None:
     tokenizer, generator = make_tokenizer(text="none", encoder_depth=1, decoder_depth=1), tiny_dit(num_classes=5)
     about = {"objective": "flow", "prediction": "velocity", "label_names": [], "captions": {}}
     made = export(Source(tokenizer, generator, about), tmp_path / "out", to="aoti", pictures=1)
-    assert [row.graph for row in made.parity] == ["forward", "encoder", "decoder"] and all(row.passed for row in made.parity)
+    assert [row.graph for row in made.parity] == ["forward", "encoder", "decoder", "8 steps", "8 steps"]
+    assert all(row.passed for row in made.parity)
     loaded = load(tmp_path / "out")
     assert isinstance(loaded, ClassToImagePipeline)
     options = SamplingOptions(steps=3, guidance_scale=2.0)

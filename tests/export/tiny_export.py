@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,18 @@ from torch import Tensor, nn
 
 from textok_fast import TexTok
 from textok_fast.config import DiTConfig
-from textok_fast.export import export_decoder, export_encoder
-from textok_fast.export.graphs import generator_graphs
+from textok_fast.export.graphs import generator_graphs, tokenizer_graphs
 from textok_fast.export.onnx import save, trace
 from textok_fast.modeling.dit import DiT
 
 NAMES = ("decoder", "encoder", "forward")
 
 
-def tiny_dit(num_classes: int = 5, text_dim: int = 8) -> DiT:
-    """A generator of the tiny tokenizer's 3 tokens of 4 channels, for classes and captions, its weights seeded."""
+def tiny_dit(**fields: Any) -> DiT:
+    """A generator of the tiny tokenizer's 3 tokens of 4 channels, for 5 classes and captions, its weights seeded."""
     torch.manual_seed(1)
-    dit = DiT(DiTConfig(num_tokens=3, in_channels=4, width=16, depth=1, heads=2, num_classes=num_classes, text_dim=text_dim))
+    sizes = {"num_tokens": 3, "in_channels": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 5, "text_dim": 8}
+    dit = DiT(DiTConfig(**{**sizes, **fields}))
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -35,9 +36,8 @@ def export_once(make_tokenizer: Callable[..., TexTok], tmp_path_factory: pytest.
     if directory.is_dir():
         return directory
     directory.mkdir()
-    tokenizer = make_tokenizer(encoder_depth=1, decoder_depth=1)
-    export_encoder(tokenizer, directory / "encoder.onnx")
-    export_decoder(tokenizer, directory / "decoder.onnx")
+    for graph in tokenizer_graphs(make_tokenizer(encoder_depth=1, decoder_depth=1)):
+        save(trace(graph, {}), directory / f"{graph.name}.onnx")
     export_generator(tiny_dit(), directory)
     return directory
 

@@ -65,7 +65,7 @@ class DemoResults:
     generator_losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # "DiT" -> [(step, loss)]
     samples: np.ndarray | None = None  # (B, H, W, 3) uint8
     sample_captions: list[str] = field(default_factory=list)
-    onnx: list[dict[str, Any]] = field(default_factory=list)  # "model", "max_abs_difference", "tolerance", "passed", more
+    onnx: list[dict[str, Any]] = field(default_factory=list)  # a row a runtime: "runtime", "passed", "reason", errors
     speedup: dict[str, Any] = field(default_factory=dict)  # StepTimesResult.to_dict()
     durations: dict[str, float] = field(default_factory=dict)  # part -> seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, such as a stand-in for the pictures
@@ -92,7 +92,7 @@ def render_report(results: DemoResults) -> str:
         _section("Training", _losses(results)),
         _section("Generated from captions", _samples(results)),
         _section("One denoising step: few tokens against many", _speedup(results)),
-        _section("ONNX export", _onnx(results)),
+        _section("Export: a row for each runtime", _onnx(results)),
         _section("How this was made", _provenance(results)),
     ]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in results.notes)
