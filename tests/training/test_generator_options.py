@@ -41,14 +41,14 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(tokenizer: Path, out: Path, **changes: Any) -> GeneratorTrainConfig:
-    run = {"steps": 12, "batch_size": 8, "log_every": 1, "checkpoint_every": 5, "sample_every": 100, "tensorboard": False}
+    run = {"steps": 30, "batch_size": 8, "log_every": 1, "checkpoint_every": 12, "sample_every": 100, "tensorboard": False}
     sizes = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 2, "heads": 2, "learn_sigma": False}
     model = DiTConfig(**{**sizes, "num_classes": 8, **changes.pop("model", {})})
     return GeneratorTrainConfig(
         tokenizer=str(tokenizer),
         model=model,
         data=DataConfig(source="shapes", image_size=16, objects=8, held_out_objects=4, scene_objects=2),
-        optim=OptimConfig(lr=3e-3, warmup_steps=2, ema_decay=0.9),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2, ema_decay=0.9),
         run=RunConfig(output_dir=str(out), **run),  # type: ignore[arg-type]
         cache_images=64,
         **changes,
@@ -108,17 +108,17 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
 def test_an_aligned_run_learns_the_features_resumes_and_leaves_a_plain_generator(
     tokenizer: Path, vision: str, tmp_path: Path
 ) -> None:
-    alignment = AlignmentConfig(encoder=vision, block=1, width=16)
+    alignment = AlignmentConfig(encoder=vision, block=1, width=32)
     config = config_of(tokenizer, tmp_path / "run", objective="flow", alignment=alignment)
     result = train_generator(config, progress=False)
     told = [line["alignment"] for line in result.history]
-    assert told[-1] < told[0] - 0.1  # nearer to the frozen features
+    assert sum(told[-5:]) / 5 < sum(told[:5]) / 5 - 0.1  # nearer to the frozen features
     assert list_checkpoints(result.run)[0].exists()
     pipeline = load_pipeline(result.final)
     assert pipeline.generator.config == config.model
     final = load_file(result.final / "generator" / "model.safetensors")
     assert not [key for key in final if "head" in key]
-    # Stopped after ten steps and continued: the same run, the projection's weights among them.
+    # Stopped after 24 steps and continued: the same run, the projection's weights among them.
     shutil.copytree(result.run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "final")
     shutil.rmtree(list_checkpoints(tmp_path / "again")[-1])
