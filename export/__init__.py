@@ -3,7 +3,7 @@
 from textok_fast.export.artifacts import Exported, export, export_aoti, export_onnx
 from textok_fast.export.directory import Manifest, Source
 from textok_fast.export.onnx import OnnxCheck, export_decoder, export_encoder
-from textok_fast.export.runtime import load
+from textok_fast.export.runtime import load, refit
 
 __all__ = [
     "Exported",
@@ -16,4 +16,5 @@ __all__ = [
     "export_encoder",
     "export_onnx",
     "load",
+    "refit",
 ]

@@ -115,7 +115,7 @@ def export_onnx(
             writer.write(graphs, {"textok_config": to_dict(source.tokenizer.config)}, tokenizer_graphs, source.tokenizer)
             if state := source.tokenizer.bottleneck.state_dict():  # a codebook: indices are decoded without a graph
                 save_tensors({name: value.contiguous() for name, value in state.items()}, work / BOTTLENECK)
-                manifest.parts.append(BOTTLENECK)
+                manifest.add_part(work, BOTTLENECK)
         if source.generator is not None and what in ("generator", "all"):
             about = {"textok_dit_config": to_dict(source.generator.config), "textok_pipeline": source.pipeline or {}}
             writer.write(generator_graphs(source.generator, dtype), about, generator_graphs, source.generator)
@@ -462,7 +462,7 @@ def _write_text(writer: _Writer, encoder: TextEncoder) -> None:
     network = encoder._loaded()
     writer.write([TextGraph.of(encoder)], {"textok_text_encoder": encoder.name})
     network.tokenizer.save_pretrained(writer.work / TEXT_FOLDER)
-    writer.manifest.parts.append(TEXT_FOLDER)
+    writer.manifest.add_part(writer.work, TEXT_FOLDER)
     writer.manifest.text = {
         "name": encoder.name,
         "dim": encoder.dim,
