@@ -337,6 +337,9 @@ def export_engines(
     profiles: Sequence[tensorrt.Profile] = ({},),
     targets: Sequence[str] | None = None,
     timing_cache: str | Path | None = None,
+    refit: bool = False,
+    workspace: int | None = None,
+    level: int | None = None,
     images: str | Path | None = None,
     pictures: int = 8,
     calibration: quantize.Method = "percentile",
@@ -347,10 +350,10 @@ def export_engines(
 
     Where this GPU runs the engines they are compared as the ONNX files are, and added to the table; elsewhere it says that they
     were not run. Of a graph that the builder refuses the log stays beside ``out``. ``profiles``, ``targets``,
-    ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
+    ``timing_cache``, ``refit``, ``workspace``, ``level``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
     """
     tensorrt.import_module(to)  # before minutes of tracing
-    options = tensorrt.BuildOptions(profiles, targets, timing_cache=timing_cache)
+    options = tensorrt.BuildOptions(profiles, targets, refit, workspace, timing_cache, level)
     say = progress or (lambda _: None)
     with replaced(Path(out)) as work:
         given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
@@ -422,10 +425,15 @@ def export_server(
     tolerance: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Exported:
-    """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`)."""
+    """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`); with
+    ``ServerOptions(backend="tensorrt")`` the engines of :func:`export_engines`, as large as ``max_batch`` asks."""
     with replaced(Path(out)) as work:
         given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
-        exported = export_onnx(source, work / "exported", what, precision, progress=progress, **given)
+        make: Callable[..., Exported] = export_onnx
+        if server is not None and server.backend == "tensorrt":
+            sizes = (1, min(8, server.max_batch), server.max_batch)
+            make = functools.partial(export_engines, to="tensorrt", profiles=[{"batch": sizes}])
+        exported = make(source, work / "exported", what, precision, progress=progress, **given)
         names = write_repository(work / "exported", work, server)
         for name in PARITY_FILES:
             (work / "exported" / name).replace(work / name)
