@@ -131,9 +131,10 @@ class Manifest:
         for name in ("tokenizer", "generator", "pipeline", "text"):
             if not isinstance(getattr(self, name), dict | None):
                 return f"{name} is no object"
-        if not isinstance(self.files, dict):
+        files: Any = self.files
+        if not isinstance(files, dict):
             return "files is no object"
-        for name, entry in self.files.items():
+        for name, entry in files.items():
             kinds = {"file": str, "bytes": int, "sha256": str}
             if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
                 return f"files has no file, bytes and sha256 for {name!r}"
@@ -219,7 +220,9 @@ def replaced(directory: Path) -> Iterator[Path]:
     """
     directory = directory.resolve()
     if Path.cwd().is_relative_to(directory):
-        raise InputError(f"{directory} cannot be replaced: it is, or holds, the working directory; give a new one for the export")
+        raise InputError(
+            f"{directory} cannot be replaced: it is, or holds, the working directory; give a new one for the export"
+        )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give a new one for the export")
     if directory.is_dir():

@@ -64,7 +64,9 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
     manifest = Manifest.read(directory)
     manifest.require_complete(directory, verify)
     if provider and manifest.to != "onnx":
-        raise InputError(f"providers are ONNX Runtime's, {directory} was exported to {manifest.to}: leave provider={provider!r}")
+        raise InputError(
+            f"providers are ONNX Runtime's, {directory} was exported to {manifest.to}: leave provider={provider!r}"
+        )
     if manifest.to == "aoti":
         return _packages(directory, manifest, device)
     if manifest.to in tensorrt.MODULES:
@@ -94,7 +96,8 @@ def refit(loaded: Loaded, directory: str | Path) -> None:
     engines = loaded._engines if isinstance(loaded, TextToImagePipeline | ClassToImagePipeline) else (loaded,)
     parts = [each for each in engines or () if isinstance(each, ExportedGenerator | ExportedTokenizer)]
     programs = {name: program for part in parts for name, program in part.exported.items()}
-    if not programs or not all(isinstance(each, tensorrt.EngineProgram) for each in programs.values()):
+    taking = {name: program for name, program in programs.items() if isinstance(program, tensorrt.EngineProgram)}
+    if not programs or len(taking) < len(programs):
         raise InputError("only engines of TensorRT and TensorRT-RTX take other weights: load the other export instead")
     for part in parts:
         kind = "generator" if isinstance(part, ExportedGenerator) else "tokenizer"
@@ -102,7 +105,7 @@ def refit(loaded: Loaded, directory: str | Path) -> None:
             raise InputError(f"{directory} holds another {kind}: {lacking}")
     if missing := sorted(name for name in programs if name not in manifest.files):
         raise InputError(f"{directory} holds no {missing[0]}.onnx: export the same parts")
-    for name, program in programs.items():
+    for name, program in taking.items():
         program.refit(directory / manifest.files[name]["file"])
     for part in parts:
         if isinstance(part, ExportedTokenizer):
@@ -117,7 +120,9 @@ def model_differs(exported: dict[str, Any] | None, config: DiTConfig | TexTokCon
     if exported is None:
         return "there is none"
     theirs, ours = to_dict(from_mapping(type(config), exported)), to_dict(config)
-    found = [f"{name} is {theirs[name]}, wanted {ours[name]}" for name in ours if name not in but and theirs[name] != ours[name]]
+    found = [
+        f"{name} is {theirs[name]}, wanted {ours[name]}" for name in ours if name not in but and theirs[name] != ours[name]
+    ]
     return ", ".join(found[:3])
 
 
@@ -222,8 +227,8 @@ class OnnxProgram:
         wanted, got = chosen[0] if isinstance(chosen[0], str) else chosen[0][0], self._session.get_providers()
         if wanted not in got:  # the runtime goes on with another one where a library of the provider is missing
             raise InputError(
-                f"ONNX Runtime did not start {wanted} for {path}, only {', '.join(got)}: a library that it needs is missing; its "
-                "log says which"
+                f"ONNX Runtime did not start {wanted} for {path}, only {', '.join(got)}: a library that it needs is "
+                "missing; its log says which"
             )
         self._inputs = {each.name: (each.type, each.shape) for each in self._session.get_inputs()}
         self._outputs = {each.name: (each.type, each.shape) for each in self._session.get_outputs()}
@@ -261,7 +266,8 @@ class OnnxProgram:
         Adds the free sizes to ``sizes``."""
         if tensor.dtype != _TORCH[dtype] or tensor.device != self._device:
             raise InputError(
-                f"{name} of {self._name} must be {_NUMPY[dtype]} on {self._device}, got {str(tensor.dtype)[6:]} on {tensor.device}"
+                f"{name} of {self._name} must be {_NUMPY[dtype]} on {self._device}, got {str(tensor.dtype)[6:]} on "
+                f"{tensor.device}"
             )
         fits = len(shape) == tensor.ndim
         for wanted, size in zip(shape, tensor.shape, strict=False):
@@ -273,7 +279,8 @@ class OnnxProgram:
 class _Queue:
     """A CUDA stream for a session, in order with torch's current one, whichever that is at the time of a call.
 
-    ONNX Runtime takes a stream when a session is made and never another; torch's default one, whose handle is 0, counts as none.
+    ONNX Runtime takes a stream when a session is made and never another; torch's default one, whose handle is 0, counts as
+    none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -396,6 +403,8 @@ class ExportedGenerator(PackagedGenerator):
 class ExportedTokenizer(TokenizerEngine):
     """A :class:`TokenizerEngine` whose two halves are programs from pixels to tokens and from tokens to pixels."""
 
+    model: _ExportedTexTok
+
     def __init__(
         self,
         config: TexTokConfig,
@@ -439,7 +448,9 @@ class _ExportedTexTok(TexTok):
         if wanted := bottleneck.state_dict():
             path = directory / BOTTLENECK
             if not path.is_file():
-                raise InputError(f"{directory} is not complete: {BOTTLENECK}, the codebook, is missing; copy or export it again")
+                raise InputError(
+                    f"{directory} is not complete: {BOTTLENECK}, the codebook, is missing; copy or export it again"
+                )
             try:
                 state = load_file(path)
             except (SafetensorError, OSError) as error:

@@ -119,8 +119,9 @@ def write_repository(directory: str | Path, out: str | Path, options: ServerOpti
             as are there. ``generate`` is made of a pipeline's decoder and forward.
         out: made, or its model_repository replaced when the new one is complete.
 
-    Raises: InputError for a directory that is none, not complete, or without a graph that can be served, with engines of TensorRT-RTX where
-        TensorRT's are asked for (the server has no backend for them), and for a text encoder whose tokenizer is not there.
+    Raises: InputError for a directory that is none, not complete, or without a graph that can be served, with engines of
+        TensorRT-RTX where TensorRT's are asked for (the server has no backend for them), and for a text encoder whose tokenizer
+        is not there.
     """
     directory, out, options = Path(directory), Path(out), options or ServerOptions()
     manifest = Manifest.read(directory)
@@ -211,7 +212,9 @@ def _fits(engine: Path, about: EngineFile, options: ServerOptions) -> bool:
         return True
     reason = why_not_here(engine, about, about.version, gpu)
     if reason:
-        log.warning("%s is not served, but its ONNX file: %s; choose the backend tensorrt to serve it elsewhere", engine, reason)
+        log.warning(
+            "%s is not served, but its ONNX file: %s; choose the backend tensorrt to serve it elsewhere", engine, reason
+        )
     return not reason
 
 

@@ -557,8 +557,8 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
         if profile:
             raise InputError("--batch and --text-length are one profile, --profile each of several: give one kind or the other")
         given["profiles"] = [dict(map(_profile_size, sizes)) for sizes in args.profile]
-    names = ("backend", "kind", "max_batch", "queue_delay", "instances", "sampler", "steps", "guidance_scale")
-    if served := {name: getattr(args, name) for name in names if getattr(args, name) is not None}:
+    ours = ("backend", "kind", "max_batch", "queue_delay", "instances", "sampler", "steps", "guidance_scale")
+    if served := {name: getattr(args, name) for name in ours if getattr(args, name) is not None}:
         if args.to != "triton-server":
             flag = next(iter(served)).replace("_", "-")
             raise InputError(f"--{flag} is of --to triton-server, this is an export to {args.to}")
