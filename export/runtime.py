@@ -48,7 +48,13 @@ class Program(Protocol):
     def __call__(self, *given: Tensor | None) -> list[Tensor]: ...
 
 
-def load(directory: str | Path, device: str | torch.device | None = None, provider: str = "", verify: bool = True) -> Loaded:
+def load(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    provider: str = "",
+    verify: bool = True,
+    sampler: bool = True,
+) -> Loaded:
     """What ``textok-fast export`` wrote, as a pipeline where it holds generator and tokenizer, else as the one that it holds.
 
     Args:
@@ -56,6 +62,8 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
             of TensorRT and TensorRT-RTX run on a GPU alone; those that do not suit it are built again.
         provider: of ONNX Runtime, of :data:`PROVIDERS`; empty for the device's own. "cuda" and "tensorrt" need a GPU.
         verify: compare the SHA-256 of all files with export.json's. Engines' are compared in any case.
+        sampler: let a sampling run be a call of sampler.onnx a step where it fits (:class:`ExportedGenerator`); False is
+            modulation.onnx and step.onnx at all times, which read adaLN's weights once a run instead of at each step.
 
     Raises: InputError for a directory that is none, not complete or damaged, a runtime that is not installed, and a device or a
         provider that it does not have.
@@ -71,12 +79,12 @@ def load(directory: str | Path, device: str | torch.device | None = None, provid
         return _packages(directory, manifest, device)
     if manifest.to in tensorrt.MODULES:
         gpu = tensorrt.gpu_device(device)
-        return assemble(directory, manifest, gpu, lambda name: tensorrt.load_engine(directory, name, gpu))
+        return assemble(directory, manifest, gpu, lambda name: tensorrt.load_engine(directory, name, gpu), sampler)
     if manifest.to != "onnx":
         raise InputError(f"{directory} was exported to {manifest.to}, which textok_fast.export.load does not run")
     where = place(device, provider)
     program = functools.partial(OnnxProgram, device=where, provider=provider)
-    return assemble(directory, manifest, where, lambda name: program(directory / manifest.files[name]["file"]))
+    return assemble(directory, manifest, where, lambda name: program(directory / manifest.files[name]["file"]), sampler)
 
 
 def refit(loaded: Loaded, directory: str | Path) -> None:
@@ -126,16 +134,18 @@ def model_differs(exported: dict[str, Any] | None, config: DiTConfig | TexTokCon
     return ", ".join(found[:3])
 
 
-def assemble(directory: Path, manifest: Manifest, device: torch.device, program: Callable[[str], Program]) -> Loaded:
-    """Engines over programs of any kind: ``program(name)`` makes the one of an exported graph."""
+def assemble(
+    directory: Path, manifest: Manifest, device: torch.device, program: Callable[[str], Program], sampler: bool = True
+) -> Loaded:
+    """Engines over programs of any kind: ``program(name)`` makes the one of an exported graph. ``sampler``: of :func:`load`."""
     plan = Plan(device=str(device))  # of the graphs' inputs and outputs, whatever lies between
     size = sum(entry["bytes"] for entry in manifest.files.values())
     generator = tokenizer = None
     if manifest.generator is not None and {"modulation", "step"} <= set(manifest.files):
         config = from_mapping(DiTConfig, manifest.generator)
         programs = {name: program(name) for name in ("modulation", "step")}
-        sampler = functools.partial(program, "sampler") if "sampler" in manifest.files else None
-        generator = ExportedGenerator(config, plan, device, programs, sampler, size)
+        whole = functools.partial(program, "sampler") if sampler and "sampler" in manifest.files else None
+        generator = ExportedGenerator(config, plan, device, programs, whole, size)
     if manifest.tokenizer is not None and {"encoder", "decoder", "text"} & set(manifest.files):
         sides: dict[str, Program] = {str(name): program(name) for name in ("encoder", "decoder") if name in manifest.files}
         tokenizer = ExportedTokenizer(from_mapping(TexTokConfig, manifest.tokenizer), plan, device, sides, size, directory)
@@ -234,6 +244,7 @@ class OnnxProgram:
         self._outputs = {each.name: (each.type, each.shape) for each in self._session.get_outputs()}
         self.inputs = list(self._inputs)
         self._binding = self._session.io_binding()
+        self._nowhere = torch.empty(1, device=device)  # where tensors of no sample lie, which have no address
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}  # by input: where it lies, and its shape
 
     def __call__(self, *given: Tensor | None) -> list[Tensor]:
@@ -244,7 +255,7 @@ class OnnxProgram:
         sizes: dict[str, int] = {}
         for (name, (dtype, shape)), tensor in zip(self._inputs.items(), tensors, strict=True):
             self._check(name, dtype, shape, tensor, sizes)
-            place = (tensor.data_ptr(), tuple(tensor.shape))
+            place = (tensor.data_ptr() or self._nowhere.data_ptr(), tuple(tensor.shape))
             if self._bound.get(name) != place:  # most inputs of a loop stay where they are
                 self._binding.bind_input(name, kind, number, _NUMPY[dtype], place[1], place[0])
                 self._bound[name] = place
@@ -252,7 +263,9 @@ class OnnxProgram:
         for name, (dtype, shape) in self._outputs.items():
             size = [sizes[axis] if isinstance(axis, str) else axis for axis in shape]
             out = torch.empty(size, dtype=_TORCH[dtype], device=self._device)
-            self._binding.bind_output(name, kind, number, _NUMPY[dtype], tuple(size), out.data_ptr())
+            self._binding.bind_output(
+                name, kind, number, _NUMPY[dtype], tuple(size), out.data_ptr() or self._nowhere.data_ptr()
+            )
             outputs.append(out)
         try:
             with contextlib.nullcontext() if self._queue is None else self._queue.ordered():

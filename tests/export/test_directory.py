@@ -171,7 +171,9 @@ def test_deploy_times_whole_pictures_and_the_right_model(saved: Path, tmp_path: 
     assert [each.contestant.split(" (")[0] for each in pictures if not each.contestant.startswith("engine")] == [
         "PyTorch fp32",
         "onnx fp32",
+        "onnx fp32",
     ]
+    assert pictures[-1].contestant.endswith("out), without sampler.onnx")
     assert all(each.median for each in pictures), result.to_markdown()
     DiT(tiny_dit(num_classes=7, text_dim=0).config).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="another generator than .*other: its num_classes is 5, wanted 7"):
@@ -186,6 +188,7 @@ def test_inputs_that_a_graph_does_not_take(saved: Path) -> None:
     x, rows = torch.zeros(2, 3, 4), torch.zeros(2, 8 * 16)
     (first,), (second,) = program(x, rows), program(x + 1, rows)
     assert first.data_ptr() != second.data_ptr() and not torch.equal(first, second)  # a result is its caller's
+    assert program(x[:0], rows[:0])[0].shape == (0, *first.shape[1:])
     for given, said in (
         ((torch.zeros(2, 3, 5), rows), r"x of step.onnx must be \(batch, 3, 4\), got \(2, 3, 5\)"),
         ((x, rows[:1]), r"rows of step.onnx must be \(batch, 128\), got \(1, 128\)"),

@@ -135,6 +135,11 @@ def test_a_generator(tmp_path: Path) -> None:
         both = [each.sample(process, **{**options, **given}) for each in (loaded, engine)]
         torch.testing.assert_close(*both, **CLOSE)
         assert calls == (["sampler"] * 3 if inside else ["modulation", *["step"] * 3]), given
+    apart = load(tmp_path / "out", "cpu", sampler=False)
+    assert isinstance(apart, runtime.ExportedGenerator)
+    calls = counted(apart.exported)
+    torch.testing.assert_close(apart.sample(process, **options), engine.sample(process, **options), **CLOSE)
+    assert calls == ["modulation", *["step"] * 3]
     seen: list[float] = []
     loaded.sample(process, on_step=lambda i, t, x: seen.append(float(x.abs().mean())), **options)
     assert len(set(seen)) == 3  # the run is at hand between its evaluations

@@ -194,6 +194,9 @@ def _pictures(
     for directory, manifest in there.items():
         label = f"{manifest.to} {manifest.precision} ({directory})"
         contestants[label] = lambda directory=directory: drawn(load(directory, device))  # type: ignore[misc]
+        if "sampler" in manifest.files:
+            apart = functools.partial(load, directory, device, sampler=False)
+            contestants[f"{label}, without sampler.onnx"] = lambda apart=apart: drawn(apart())  # type: ignore[misc]
     return contestants
 
 
