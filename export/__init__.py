@@ -2,7 +2,7 @@
 
 from textok_fast.export.artifacts import Exported, export, export_aoti, export_onnx
 from textok_fast.export.directory import Manifest, Source
-from textok_fast.export.runtime import load
+from textok_fast.export.runtime import load, refit
 
 __all__ = [
     "Exported",
@@ -12,4 +12,5 @@ __all__ = [
     "export_aoti",
     "export_onnx",
     "load",
+    "refit",
 ]

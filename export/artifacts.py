@@ -179,13 +179,13 @@ def _write_graphs(source: Source, work: Path, chosen: _Options, progress: Callab
             writer.write(graphs, about, tokenizer_graphs, source.tokenizer)
             if state := source.tokenizer.bottleneck.state_dict():  # a codebook: indices are decoded without a graph
                 save_tensors({name: value.contiguous() for name, value in state.items()}, work / BOTTLENECK)
-                manifest.parts.append(BOTTLENECK)
+                manifest.add_part(work, BOTTLENECK)
         if source.generator is not None and what in ("generator", "all"):
             writer.write(generator_graphs(source.generator, dtype), about, generator_graphs, source.generator)
         if isinstance(encoder, TextEncoder) and manifest.text is not None:
             writer.write([TextGraph.of(encoder)], about)
             encoder._loaded().tokenizer.save_pretrained(work / TEXT_FOLDER)
-            manifest.parts.append(TEXT_FOLDER)
+            manifest.add_part(work, TEXT_FOLDER)
         elif what == "text":
             raise InputError(f"only text encoders of transformers are exported, this tokenizer has a {type(encoder).__name__}")
         for path in sorted(work.glob("*.data")):
@@ -482,6 +482,9 @@ def export_engines(
     profiles: Sequence[tensorrt.Profile] = ({},),
     targets: Sequence[str] | None = None,
     timing_cache: str | Path | None = None,
+    refit: bool = False,
+    workspace: int | None = None,
+    level: int | None = None,
     images: str | Path | None = None,
     pictures: int = 8,
     calibration: quantize.Method | None = None,
@@ -493,9 +496,10 @@ def export_engines(
 
     Where this GPU runs the engines they are compared as the ONNX files are, on the same pictures, and added to the table;
     elsewhere it says that they were not run. Of a graph that the builder refuses the log stays beside ``out``. ``profiles``,
-    ``targets``, ``timing_cache``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
+    ``targets``, ``timing_cache``, ``refit``, ``workspace``, ``level``: of :class:`textok_fast.export.tensorrt.BuildOptions`.
     """
-    options = tensorrt.BuildOptions(profiles, targets, timing_cache=timing_cache)  # all is checked before minutes of tracing
+    # All is checked before minutes of tracing.
+    options = tensorrt.BuildOptions(profiles, targets, refit, workspace, timing_cache, level)
     tensorrt.require_options(to, options)
     chosen = _Options.checked(source, what, precision, images, pictures, calibration, tolerance, opset)
     say = progress or (lambda _: None)
@@ -571,11 +575,16 @@ def export_server(
     opset: int = onnx_files.OPSET,
     progress: Callable[[str], None] | None = None,
 ) -> Exported:
-    """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`)."""
+    """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`); with
+    ``ServerOptions(backend="tensorrt")`` the engines of :func:`export_engines`, as large as ``max_batch`` asks."""
     with replaced(Path(out)) as work:
         given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
         given["opset"] = opset
-        exported = export_onnx(source, work / "exported", what, precision, progress=progress, **given)
+        make: Callable[..., Exported] = export_onnx
+        if server is not None and server.backend == "tensorrt":
+            sizes = (1, min(8, server.max_batch), server.max_batch)
+            make = functools.partial(export_engines, to="tensorrt", profiles=[{"batch": sizes}])
+        exported = make(source, work / "exported", what, precision, progress=progress, **given)
         names = write_repository(work / "exported", work, server)
         for name in PARITY_FILES:
             (work / "exported" / name).replace(work / name)

@@ -8,9 +8,10 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from textok_fast import __version__
@@ -82,7 +83,8 @@ class Source:
 
 @dataclass
 class Manifest:
-    """export.json. ``files``: name -> {"file", "bytes", "sha256"}; ``parts``: further files and directories, by name."""
+    """export.json. ``files``: name -> {"file", "bytes", "sha256"}, all that was written; ``parts``: names of files and
+    directories that the export owns, whether ``files`` lists them or not."""
 
     to: str
     precision: str
@@ -116,23 +118,64 @@ class Manifest:
         known = {each.name for each in dataclasses.fields(cls)}
         if not isinstance(values, dict) or values.get("format") != FORMAT or not {"to", "precision", "files"} <= set(values):
             raise InputError(f"{path} is not of format {FORMAT}: export again with this version of textok-fast")
-        return cls(**{name: value for name, value in values.items() if name in known})
+        manifest = cls(**{name: value for name, value in values.items() if name in known})
+        if wrong := manifest._wrong():
+            raise InputError(f"{path} is damaged: {wrong}; copy it or export again")
+        return manifest
 
-    def require_complete(self, directory: Path) -> None:
-        """InputError for a file that is missing or cut short."""
+    def _wrong(self) -> str:
+        """What no export writes, or ""."""
+        for name in ("to", "precision"):
+            if not isinstance(getattr(self, name), str):
+                return f"{name} is {getattr(self, name)!r}, wanted a string"
+        for name in ("tokenizer", "generator", "pipeline", "text"):
+            if not isinstance(getattr(self, name), dict | None):
+                return f"{name} is no object"
+        files: Any = self.files
+        if not isinstance(files, dict):
+            return "files is no object"
+        for name, entry in files.items():
+            kinds = {"file": str, "bytes": int, "sha256": str}
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+                return f"files has no file, bytes and sha256 for {name!r}"
+            if _leaves(entry["file"]):
+                return f"{entry['file']!r} does not lie in the directory"
+        if not isinstance(self.parts, list) or not all(isinstance(part, str) and not _leaves(part) for part in self.parts):
+            return "parts is no list of names in the directory"
+        return ""
+
+    def require_complete(self, directory: Path, content: bool = True) -> None:
+        """InputError for a file that is missing or cut short, and with ``content`` for one whose SHA-256 is another.
+
+        Engines are left to :func:`textok_fast.export.tensorrt.load_engine`, which builds those again that do not fit.
+        """
         for entry in self.files.values():
             path = directory / entry["file"]
+            if ".engine" in path.suffixes:
+                continue
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise InputError(
                     f"{directory} is not complete: {entry['file']} is missing or cut short; copy or export it again"
+                )
+            if content and sha256(path) != entry["sha256"]:
+                raise InputError(
+                    f"{directory} is damaged: {entry['file']} is not what was exported, its SHA-256 differs; copy or export it "
+                    "again"
                 )
 
     def add(self, directory: Path, name: str, file: str) -> None:
         """Takes note of a finished file."""
         path = directory / file
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        self.files[name] = {"file": file, "bytes": path.stat().st_size, "sha256": digest}
+        self.files[name] = {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def add_part(self, directory: Path, part: str) -> None:
+        """Takes note of a finished file, or of a directory and all files in it, under their own names."""
+        self.parts.append(part)
+        place = directory / part
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_file():
+                name = path.relative_to(directory).as_posix()
+                self.add(directory, name, name)
 
     def write(self, directory: Path) -> None:
         write_text(directory / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
@@ -144,12 +187,42 @@ class Manifest:
         return {MANIFEST, *PARITY_FILES, *files, *self.parts}
 
 
+SETTLED = 100_000_000  # ns since a file was written, within which clocks of file systems may not tell a second writing
+_digests: dict[Path, tuple[tuple[int, ...], str]] = {}  # by a file's path: what it looked like, and its SHA-256 then
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256. A file that has not been written to since is not read a second time: graphs share large ones."""
+    path = path.resolve()
+    about = path.stat()
+    looks = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    known, digest = _digests.get(path, ((), ""))
+    if known != looks:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if time.time_ns() - about.st_mtime_ns > SETTLED:
+            _digests[path] = looks, digest
+    return digest
+
+
+def _leaves(name: str) -> bool:
+    """Whether a name, joined to a directory, is of something outside it, or of the directory itself."""
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts or not path.parts
+
+
 @contextlib.contextmanager
 def replaced(directory: Path) -> Iterator[Path]:
     """A directory to work in that takes the place of ``directory`` when all has gone well.
 
-    Raises: InputError where ``directory`` holds something that no export has put there.
+    Raises: InputError where ``directory`` holds something that no export has put there, and where it cannot be replaced since
+        this process works in it.
     """
+    directory = directory.resolve()
+    if Path.cwd().is_relative_to(directory):
+        raise InputError(
+            f"{directory} cannot be replaced: it is, or holds, the working directory; give a new one for the export"
+        )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is not a directory: give a new one for the export")
     if directory.is_dir():

@@ -15,6 +15,7 @@ pictures too, each at its own time. Configurations are text-format messages of t
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,13 +27,16 @@ from textok_fast.config import DiTConfig, TexTokConfig, from_mapping
 from textok_fast.diffusion import build_process, sampler_program
 from textok_fast.diffusion.process import Process
 from textok_fast.errors import InputError
-from textok_fast.export.tensorrt import onnx_files, read_about
+from textok_fast.export.directory import MANIFEST, Manifest
+from textok_fast.export.tensorrt import MODULES, EngineFile, onnx_files, read_about, this_gpu, why_damaged, why_not_here
 from textok_fast.files import write_atomically, write_text
+
+log = logging.getLogger(__name__)
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
 FILES = ("model_repository", "compose.yaml", "Dockerfile", "client.py")
 MODELS = {"encoder": "encoder", "decoder": "decoder", "generator": "forward", "text": "text"}  # model: graph
-TEXT_LENGTH = 16  # to a multiple of which ``generate`` pads captions
+TEXT_MULTIPLE = 16  # ``generate`` pads captions to one, so that requests of similar lengths share a batch
 SCRIPTS = Path(__file__).parent
 INSTANCES = 4  # of ``generate``, each a process that runs the requests which arrive together side by side
 
@@ -115,12 +119,18 @@ def write_repository(directory: str | Path, out: str | Path, options: ServerOpti
             as are there. ``generate`` is made of a pipeline's decoder and forward.
         out: made, or its model_repository replaced when the new one is complete.
 
-    Raises: InputError for a directory that is none, without a graph that can be served, with engines of TensorRT-RTX where
-        TensorRT's are asked for (the server has no backend for them), and for a text encoder whose tokenizer is not there.
+    Raises: InputError for a directory that is none, not complete, or without a graph that can be served, with engines of
+        TensorRT-RTX where TensorRT's are asked for (the server has no backend for them), and for a text encoder whose tokenizer
+        is not there.
     """
     directory, out, options = Path(directory), Path(out), options or ServerOptions()
-    manifest = _read_manifest(directory)
-    if (manifest.get("tokenizer") or {}).get("text_window"):
+    manifest = Manifest.read(directory)
+    if manifest.to != "onnx" and manifest.to not in MODULES:
+        raise InputError(
+            f"{directory} was exported to {manifest.to}, which the server is not given: export --to onnx or tensorrt"
+        )
+    manifest.require_complete(directory)
+    if (manifest.tokenizer or {}).get("text_window"):
         raise InputError(
             "captions padded to a whole window (text_window, TA-TiTok's) are not made by the server: use export.load"
         )
@@ -135,7 +145,7 @@ def write_repository(directory: str | Path, out: str | Path, options: ServerOpti
                 served[model] = network
         if not served:
             raise InputError(f"{directory} holds none of {', '.join(MODELS.values())}: run textok-fast export --to onnx first")
-        if {"generator", "decoder"} <= set(served) and manifest.get("pipeline") is not None:
+        if {"generator", "decoder"} <= set(served) and manifest.pipeline is not None:
             _write_generate(work / "generate", directory, manifest, served, options)
         names = sorted(path.name for path in work.iterdir())
         work.chmod(0o755)
@@ -170,7 +180,7 @@ def _find(directory: Path, graph: str, options: ServerOptions) -> Network | None
     engine, onnx = directory / f"{graph}.engine", directory / f"{graph}.onnx"
     if options.backend != "onnxruntime" and engine.is_file():
         about = read_about(engine)
-        if about.to == "tensorrt":
+        if about.to == "tensorrt" and _fits(engine, about, options):
             batch = max(sizes["batch"][2] for sizes in about.profiles if "batch" in sizes)
             sides = [
                 {
@@ -180,13 +190,32 @@ def _find(directory: Path, graph: str, options: ServerOptions) -> Network | None
                 for side in (about.inputs, about.outputs)
             ]
             return _checked(Network([engine], sides[0], sides[1], min(batch, options.max_batch), len(about.profiles)))
-        if options.backend == "tensorrt":
+        if options.backend == "tensorrt" and about.to != "tensorrt":
             raise InputError(
                 f"{engine} is TensorRT-RTX's, which the server cannot run: export --to tensorrt, or serve the ONNX files"
             )
     if options.backend == "tensorrt" or not onnx.is_file():
         return None
     return _checked(Network(onnx_files(onnx), *_signature(onnx), options.max_batch, 0))
+
+
+def _fits(engine: Path, about: EngineFile, options: ServerOptions) -> bool:
+    """Whether to serve an engine. One that does not suit the GPU here may suit the server's: it is served where engines are
+    asked for, and is passed over where the choice is ours and ONNX does as well.
+
+    Raises: InputError for one that is damaged, or of other ONNX files than lie beside it.
+    """
+    if reason := why_damaged(engine, about):
+        raise InputError(f"{engine} cannot be served: {reason}; export again")
+    gpu = this_gpu()
+    if options.backend == "tensorrt" or gpu is None or not engine.with_name(about.onnx).is_file():
+        return True
+    reason = why_not_here(engine, about, about.version, gpu)
+    if reason:
+        log.warning(
+            "%s is not served, but its ONNX file: %s; choose the backend tensorrt to serve it elsewhere", engine, reason
+        )
+    return not reason
 
 
 def _checked(network: Network) -> Network:
@@ -218,9 +247,9 @@ def _signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors(graph.input), tensors(graph.output)
 
 
-def _shortest_text(manifest: Mapping[str, Any]) -> int:
-    """What short captions are padded to: a multiple of 16, unless a caption has fewer tokens at most."""
-    return min(TEXT_LENGTH, (manifest.get("tokenizer") or {}).get("max_text_tokens", TEXT_LENGTH))
+def _shortest_text(manifest: Manifest) -> int:
+    """What short captions are padded to: one :data:`TEXT_MULTIPLE`, unless a caption has fewer tokens at most."""
+    return min(TEXT_MULTIPLE, (manifest.tokenizer or {}).get("max_text_tokens", TEXT_MULTIPLE))
 
 
 def _write_network(place: Path, name: str, network: Network, options: ServerOptions, length: int) -> None:
@@ -275,10 +304,12 @@ def _warmup(network: Network, batch: int, length: int) -> dict[str, Any]:
 
 
 def _write_generate(
-    place: Path, directory: Path, manifest: Mapping[str, Any], served: Mapping[str, Network], options: ServerOptions
+    place: Path, directory: Path, manifest: Manifest, served: Mapping[str, Network], options: ServerOptions
 ) -> None:
-    pipeline = manifest["pipeline"]
-    generator, tokenizer = from_mapping(DiTConfig, manifest["generator"]), from_mapping(TexTokConfig, manifest["tokenizer"])
+    pipeline = manifest.pipeline
+    if pipeline is None or manifest.generator is None or manifest.tokenizer is None:
+        raise InputError(f"{directory / MANIFEST} describes a pipeline without both its models: export again")
+    generator, tokenizer = from_mapping(DiTConfig, manifest.generator), from_mapping(TexTokConfig, manifest.tokenizer)
     generator_inputs, decoder_inputs = served["generator"].inputs, served["decoder"].inputs
     if generator.image_token_dim:
         raise InputError("generate serves generators of classes and captions; this one also reads image tokens")
@@ -349,7 +380,7 @@ def _request_input(name: str, dtype: str, dims: Sequence[int] = (1,), optional: 
 
 
 def _text_settings(
-    version: Path, directory: Path, manifest: Mapping[str, Any], tokenizer: TexTokConfig, options: ServerOptions
+    version: Path, directory: Path, manifest: Manifest, tokenizer: TexTokConfig, options: ServerOptions
 ) -> dict[str, Any]:
     """How prompts become features, as the tokenizer's own text encoder makes them; copies tokenizer.json."""
     found = options.tokenizer or next(iter(sorted(directory.glob("**/tokenizer.json"))), None)
@@ -361,21 +392,9 @@ def _text_settings(
     version.mkdir(parents=True, exist_ok=True)
     data = Path(found).read_bytes()
     write_atomically(version / "tokenizer.json", lambda target: target.write_bytes(data))
-    most = (manifest.get("text") or {}).get("max_positions")
-    return {"split": tokenizer.text_split, "max_tokens": tokenizer.max_text_tokens, "max_positions": most}
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "export.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{directory} has no export.json: `textok-fast export` writes such a directory") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(manifest, dict):
-        raise InputError(f"cannot read {path}: it holds no object")
-    return manifest
+    most = (manifest.text or {}).get("max_positions")
+    lengths = {"max_tokens": tokenizer.max_text_tokens, "max_positions": most, "multiple": TEXT_MULTIPLE}
+    return {"split": tokenizer.text_split, **lengths}
 
 
 # -- text format and files -----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from textok_fast.errors import InputError
+from textok_fast.export.directory import MANIFEST, Manifest, sha256
 from textok_fast.files import write_atomically, write_text
 from textok_fast.ops.device import resolve_device
 
@@ -173,24 +174,20 @@ def build_engines(
         raise InputError(f"{directory} holds no ONNX file: run textok-fast export --to onnx first")
     out.mkdir(parents=True, exist_ok=True)
     return [
-        _build(trt, to, directory / f"{name}.onnx", out / f"{name}.engine", options, _longest_text(directory, name))
+        _build(trt, to, directory / f"{name}.onnx", out / f"{name}.engine", options, longest_text(directory, name))
         for name in names or found
     ]
 
 
-def _longest_text(directory: Path, name: str) -> int:
+def longest_text(directory: Path, name: str) -> int:
     """Tokens of the longest caption that the graph ``name`` meets, by what export.json says of its models."""
     most = PROFILE["text_length"][2]
-    path = directory / "export.json"
-    if not path.is_file():
+    if not (directory / MANIFEST).is_file():
         return most
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer, text = about.get("tokenizer") or {}, about.get("text") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    most = tokenizer.get("max_text_tokens", most)
+    manifest = Manifest.read(directory)
+    most = (manifest.tokenizer or {}).get("max_text_tokens", most)
     if name == "text":  # a clause of a caption is encoded with special tokens, which are then dropped
+        text = manifest.text or {}
         most += text.get("special", 0)
         most = min(most, text.get("max_positions") or most)
     return most
@@ -251,7 +248,7 @@ def _build(
             targets=targets,
             gpu=gpu,
             onnx=onnx.name,
-            sources={file.name: _sha256(file) for file in onnx_files(onnx)},
+            sources={file.name: sha256(file) for file in onnx_files(onnx)},
             bytes=data.nbytes,
             sha256=hashlib.sha256(data).hexdigest(),
             precision=precision,
@@ -382,11 +379,6 @@ def onnx_files(path: Path) -> list[Path]:
     return [path, *(file for file in sorted(path.parent.iterdir()) if file.name in names)]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def this_gpu() -> tuple[str, str] | None:
     """Compute capability, as "sm_89", and name of torch's current CUDA device; None without one."""
     if not torch.cuda.is_available():
@@ -471,13 +463,23 @@ def read_about(engine: Path) -> EngineFile:
         raise InputError(f"cannot read {path}: {error}; build the engine again") from None
 
 
-def why_not_here(engine: Path, about: EngineFile, version: str, gpu: tuple[str, str] | None) -> str:
-    """Why an engine does not run with ``version`` of its library on ``gpu`` (:func:`this_gpu`), or "".
-
-    An engine beside which lie other ONNX files or weights than it was built from does not fit either.
-    """
+def why_damaged(engine: Path, about: EngineFile) -> str:
+    """Why an engine is not what was built, or not of the ONNX files and weights that lie beside it, or ""."""
     if not engine.is_file() or engine.stat().st_size != about.bytes:
         return f"{engine.name} is missing or cut short"
+    if sha256(engine) != about.sha256:
+        return f"{engine.name} is damaged: its SHA-256 is not the one in {_about_path(engine).name}"
+    for name, digest in about.sources.items():
+        if engine.with_name(name).is_file() and sha256(engine.with_name(name)) != digest:
+            return f"{name} has changed since it was built"
+    return ""
+
+
+def why_not_here(engine: Path, about: EngineFile, version: str, gpu: tuple[str, str] | None) -> str:
+    """Why an engine does not run with ``version`` of its library on ``gpu`` (:func:`this_gpu`), or "": also as
+    :func:`why_damaged`."""
+    if reason := why_damaged(engine, about):
+        return reason
     if about.version != version:
         return f"it was built by {about.to} {about.version}, this is {version}"
     if gpu is None:
@@ -486,9 +488,6 @@ def why_not_here(engine: Path, about: EngineFile, version: str, gpu: tuple[str, 
         return f"it was built for {', '.join(about.targets)}, this GPU is {gpu[0]} ({gpu[1]})"
     if about.gpu not in (None, gpu[1]):
         return f"it was built and timed on {about.gpu}, this GPU is {gpu[1]}"
-    for name, digest in about.sources.items():
-        if engine.with_name(name).is_file() and _sha256(engine.with_name(name)) != digest:
-            return f"{name} has changed since it was built"
     return ""
 
 
@@ -516,7 +515,21 @@ def load_engine(
                 raise InputError(f"{engine} does not run here: {reason}; {what}")
             log.warning("%s does not run here: %s; building it again", engine, reason)
             about = _build(trt, about.to, onnx, engine, _same_options(about)).about
+            _note(engine)
         return EngineProgram(trt, engine, about, place)
+
+
+def _note(engine: Path) -> None:
+    """Brings export.json, where there is one, to the engine that has been built again."""
+    directory = engine.parent
+    if not (directory / MANIFEST).is_file():
+        return
+    manifest = Manifest.read(directory)
+    beside = {engine.name, _about_path(engine).name, f"{engine.name}.log"}
+    for name, entry in list(manifest.files.items()):
+        if entry["file"] in beside:
+            manifest.add(directory, name, entry["file"])
+    manifest.write(directory)
 
 
 def _same_options(about: EngineFile) -> BuildOptions:
@@ -590,7 +603,8 @@ class EngineProgram:
         """
         if set(inputs) != set(self.inputs):
             raise InputError(f"it takes {', '.join(self.inputs)}, got {', '.join(inputs) or 'nothing'}")
-        results = [self._execute(part) for part in self._parts(inputs)]
+        with _device(self.device):  # another may be torch's current one
+            results = [self._execute(part) for part in self._parts(inputs)]
         if len(results) == 1:
             return results[0]
         free = {name: isinstance(shape[0], str) for name, (_, shape) in self.about.outputs.items()}
@@ -605,10 +619,11 @@ class EngineProgram:
         """
         if not self.about.refit:
             raise InputError("this engine's weights are fixed: build it with BuildOptions(refit=True)")
-        refitter = self._trt.Refitter(self._engine, self._logger)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
-            raise InputError(f"the engine cannot take the weights of {onnx}: {self._last_message()}")
+        with _device(self.device):
+            refitter = self._trt.Refitter(self._engine, self._logger)
+            parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+            if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
+                raise InputError(f"the engine cannot take the weights of {onnx}: {self._last_message()}")
 
     def _parts(self, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = self.about.inputs[self.inputs[0]][1][0]  # "batch", of a modulation "rows"

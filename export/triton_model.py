@@ -21,7 +21,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 Array = np.ndarray[Any, Any]
-MULTIPLE = 16  # captions are padded to one, so that requests of similar lengths share a batch
 
 
 class RequestError(ValueError):
@@ -153,17 +152,17 @@ class TritonPythonModel:
         return np.zeros((count, length, width), np.float32), np.zeros((count, length), np.bool_)
 
     async def _features(self, captions: list[str]) -> tuple[Array, Array]:
-        """As ``textok_fast``'s TextEncoder has them: clause by clause where captions are split, padded to a multiple of 16."""
+        """As ``textok_fast``'s TextEncoder has them: clause by clause where captions are split, padded to a ``multiple``."""
         about = self.settings["text"]
         if about is None:
             raise RequestError("this server holds no text encoder, so that it takes no negative_prompt")
-        split, most = about["split"], about["max_tokens"]
+        split, most, multiple = about["split"], about["max_tokens"], about["multiple"]
         clauses = [_clauses(caption, split) for caption in captions]
         texts = list(dict.fromkeys(text for caption in clauses for text in caption))
         found = dict(zip(texts, await asyncio.gather(*(self._encode(text, split, most) for text in texts)), strict=True))
         rows = [np.concatenate([found[text] for text in caption])[:most] if caption else None for caption in clauses]
         longest = max((len(row) for row in rows if row is not None), default=1)
-        width = min(-(-longest // MULTIPLE) * MULTIPLE, max(most, 1))
+        width = min(-(-longest // multiple) * multiple, max(most, 1))
         features = np.zeros((len(rows), width, self.settings["text_dim"]), np.float32)  # (B, N_t, D_t)
         mask = np.zeros((len(rows), width), np.bool_)  # (B, N_t)
         for i, row in enumerate(rows):
@@ -179,7 +178,8 @@ class TritonPythonModel:
         self.tokenizer.enable_truncation(limit if encoder_limit is None else min(limit, encoder_limit))
         encoding = self.tokenizer.encode(text)
         ids = np.array([encoding.ids], np.int64)  # (1, n)
-        padded = -(-ids.shape[1] // MULTIPLE) * MULTIPLE
+        multiple = self.settings["text"]["multiple"]
+        padded = -(-ids.shape[1] // multiple) * multiple
         if encoder_limit is not None:
             padded = min(padded, encoder_limit)
         rest = ((0, 0), (0, padded - ids.shape[1]))

@@ -283,6 +283,20 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name}", nargs=3, type=int, metavar=("LEAST", "USUAL", "MOST"), help=f"{what} that engines serve"
         )
     export.add_argument("--timing-cache", type=Path, metavar="FILE", help="of tensorrt: kernel times, read and written")
+    export.add_argument("--profile", action="append", nargs="+", metavar="NAME=LEAST,USUAL,MOST",
+        help="sizes that engines serve, as batch=1,8,32 text_length=1,16,77; once a profile, narrow ones first")  # fmt: skip
+    export.add_argument("--refit", action="store_true", default=None, help="engines whose weights can be replaced later")
+    export.add_argument("--workspace", type=int, metavar="MIB", help="GPU memory that an engine's layer may use")
+    export.add_argument("--level", type=int, choices=range(6), help="how long engines are searched for, 0 to 5")
+    served = export.add_argument_group("served by Triton (--to triton-server)")
+    served.add_argument("--backend", choices=("onnxruntime", "tensorrt"), help="what runs the networks (default: onnxruntime)")
+    served.add_argument("--kind", choices=("auto", "gpu", "cpu"), help="where they run; cpu on a machine without a GPU")
+    served.add_argument("--max-batch", type=int, help="samples that one execution may have")
+    served.add_argument("--queue-delay", type=int, metavar="US", help="how long a request may wait for others")
+    served.add_argument("--instances", type=int, help="of each network on each GPU")
+    served.add_argument("--sampler", help="of generate (default: ddpm, of a flow euler)")
+    served.add_argument("--steps", type=int, nargs="+", help="that generate offers, the first by default (default: 50 20 250)")
+    served.add_argument("--guidance-scale", type=float, help="of generate where a request has none")
     export.add_argument("--out", type=Path, required=True)
 
     kinds = _group(commands, "evaluate", "measure tokenizers, generators and pictures; resumable, on one process or many",
@@ -417,6 +431,7 @@ def build_parser() -> argparse.ArgumentParser:
     deploy.add_argument("--model", required=True, help="what they were exported from")
     deploy.add_argument("--batch", type=int, nargs="+", default=[1])
     deploy.add_argument("--text-tokens", type=int, default=16, help="length of the captions (default: %(default)s)")
+    deploy.add_argument("--steps", type=int, default=20, help="of whole samples, of a pipeline (default: %(default)s)")
     deploy.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     deploy.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     deploy.add_argument("--device", default="auto")
@@ -694,9 +709,22 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"what": args.what, "precision": args.precision, "images": args.images, "pictures": args.pictures}
     given = {"calibration": args.calibration, "tolerance": args.tolerance, "device": args.device}
     given |= {"targets": args.targets, "timing_cache": args.timing_cache, "opset": args.opset}
+    given |= {"refit": args.refit, "level": args.level, "workspace": None if args.workspace is None else args.workspace << 20}
     sizes = {"batch": args.batch, "text_length": args.text_length}
     if profile := {name: tuple(size) for name, size in sizes.items() if size is not None}:
         given["profiles"] = [profile]
+    if args.profile:
+        if profile:
+            raise InputError("--batch and --text-length are one profile, --profile each of several: give one kind or the other")
+        given["profiles"] = [dict(map(_profile_size, sizes)) for sizes in args.profile]
+    ours = ("backend", "kind", "max_batch", "queue_delay", "instances", "sampler", "steps", "guidance_scale")
+    if served := {name: getattr(args, name) for name in ours if getattr(args, name) is not None}:
+        if args.to != "triton-server":
+            flag = next(iter(served)).replace("_", "-")
+            raise InputError(f"--{flag} is of --to triton-server, this is an export to {args.to}")
+        from textok_fast.export.server import ServerOptions
+
+        given["server"] = ServerOptions(**served)
     options |= {name: value for name, value in given.items() if value is not None}
 
     def say(what: str) -> None:
@@ -707,6 +735,18 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     names = ", ".join(entry["file"] for entry in exported.manifest.files.values())
     print(f"wrote {args.out}: {names}, export.json, parity.json and parity.md")
     return exported.to_dict()
+
+
+def _profile_size(text: str) -> tuple[str, tuple[int, ...]]:
+    """NAME=LEAST,USUAL,MOST of ``export --profile``."""
+    name, _, sizes = text.partition("=")
+    try:
+        found = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        found = ()
+    if not name or len(found) != 3:
+        raise InputError(f"a profile's sizes are NAME=LEAST,USUAL,MOST, such as batch=1,8,32; got {text!r}")
+    return name, found
 
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -908,6 +948,7 @@ def run_bench_deploy(args: argparse.Namespace) -> dict[str, Any]:
         model=args.model,
         batch=tuple(args.batch),
         text_tokens=args.text_tokens,
+        steps=args.steps,
         rounds=args.rounds,
         threads=args.threads,
         device=args.device,

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ import fake_triton  # noqa: E402
 from tiny_export import tiny_dit  # noqa: E402
 
 from textok_fast.cli import main  # noqa: E402
-from textok_fast.export import Manifest, Source, export, load, tensorrt  # noqa: E402
+from textok_fast.export import Manifest, Source, export, load, refit, tensorrt  # noqa: E402
 from textok_fast.export.material import Material  # noqa: E402
 from textok_fast.export.server import ServerOptions  # noqa: E402
 from textok_fast.inference import SamplingOptions  # noqa: E402
 from textok_fast.inference.pipelines import ClassToImagePipeline  # noqa: E402
+from textok_fast.inference.tokenizer import TokenizerEngine  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,81 @@ def test_what_engines_cannot_be_built_with_is_said_first(
     with pytest.raises(InputError, match="and here is none; tensorrt-rtx needs none"):
         export(saved, tmp_path / "out", "tensorrt", progress=said.append)
     assert not said and not list(tmp_path.iterdir())
+
+
+def test_a_later_checkpoints_weights_go_into_the_engines(
+    make_tokenizer: Callable[..., TexTok], saved: Path, tmp_path: Path, gpu: None
+) -> None:
+    first, later = (make_tokenizer(encoder_depth=1, decoder_depth=1, text="none") for _ in range(2))
+    with torch.no_grad():
+        for parameter in later.decoder.parameters():
+            parameter.mul_(1.1)
+    later.set_latent_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([2.0, 1.0, 0.5, 1.0]))
+    export(Source(first), tmp_path / "engines", "tensorrt", what="decoder", pictures=1, refit=True)
+    export(Source(later), tmp_path / "later", what="decoder", pictures=1)
+    loaded, tokens = load(tmp_path / "engines"), torch.randn(2, 3, 4)
+    assert isinstance(loaded, TokenizerEngine)
+    torch.testing.assert_close(loaded.decode(tokens), first.decode(tokens), rtol=1e-4, atol=1e-4)
+    refit(loaded, tmp_path / "later")
+    torch.testing.assert_close(loaded.decode(tokens), later.decode(tokens), rtol=1e-4, atol=1e-4)
+    assert torch.equal(loaded.latent_std, later.latent_std)
+    # An engine that is built again is noted in export.json.
+    engine = tmp_path / "engines" / "decoder.engine"
+    whole = engine.read_bytes()
+    engine.unlink()
+    load(tmp_path / "engines")
+    assert engine.read_bytes() == whole
+    for entry in Manifest.read(tmp_path / "engines").files.values():
+        assert (tmp_path / "engines" / entry["file"]).stat().st_size == entry["bytes"]
+    with pytest.raises(InputError, match="only engines of TensorRT and TensorRT-RTX take other weights"):
+        refit(load(tmp_path / "later", "cpu"), tmp_path / "later")
+    manifest = Manifest.read(tmp_path / "later")
+    assert manifest.tokenizer is not None
+    manifest.tokenizer["mlp_ratio"] = 3.0
+    manifest.write(tmp_path / "later")
+    with pytest.raises(InputError, match="later holds another tokenizer: mlp_ratio is 3.0"):
+        refit(loaded, tmp_path / "later")
+
+
+def test_the_commands_options_reach_engines_and_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: dict[str, Any] = {}
+
+    def stop(model: str, out: Path, to: str, **options: Any) -> None:
+        told.update(options, to=to)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("textok_fast.export.export", stop)
+
+    def command(line: str) -> str:
+        assert main(["export", "--model", "m", "--out", str(tmp_path / "out"), *line.split()]) == 2
+        return capsys.readouterr().err
+
+    engines = "--to tensorrt --profile batch=1,1,2 --profile batch=1,8,32 text_length=1,16,77 --refit --workspace 512 --level 2"
+    assert "far enough" in command(engines)
+    assert told["profiles"] == [{"batch": (1, 1, 2)}, {"batch": (1, 8, 32), "text_length": (1, 16, 77)}]
+    assert (told["refit"], told["workspace"], told["level"]) == (True, 512 << 20, 2)
+    served = "--backend tensorrt --kind gpu --max-batch 8 --queue-delay 9 --instances 2 --sampler ddim --steps 20 10"
+    assert "far enough" in command(f"--to triton-server {served} --guidance-scale 3")
+    wanted = ServerOptions("tensorrt", 8, 9, 2, "gpu", "ddim", [20, 10], 3.0)
+    assert told["server"] == wanted
+    for line, said in (
+        ("--to onnx --max-batch 3", "--max-batch is of --to triton-server, this is an export to onnx"),
+        ("--to triton-server --max-batch 0", "max_batch and instances must be at least 1"),
+        ("--to tensorrt --profile batch=1,2", "a profile's sizes are NAME=LEAST,USUAL,MOST"),
+        ("--to tensorrt --profile batch=1,2,3 --batch 1 2 3", "give one kind or the other"),
+    ):
+        assert said in " ".join(command(line).split())
+
+
+def test_a_server_of_engines(saved: Path, tmp_path: Path, gpu: None) -> None:
+    options = ServerOptions("tensorrt", max_batch=6)
+    export(saved, tmp_path / "out", "triton-server", what="decoder", pictures=1, server=options)
+    place = tmp_path / "out" / "model_repository" / "decoder"
+    assert (place / "1" / "model.plan").read_bytes().startswith(fake_tensorrt.HEADER)
+    config = fake_triton.parse((place / "config.pbtxt").read_text())
+    assert (config["platform"], config["max_batch_size"]) == (["tensorrt_plan"], [6])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")

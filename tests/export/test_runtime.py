@@ -43,6 +43,20 @@ def exported(source: Source, out: Path, what: str = "all") -> Any:
     return load(out, "cpu")
 
 
+def counted(programs: dict[str, runtime.Program]) -> list[str]:
+    """The names of the programs, each time that one is called from now on."""
+    calls: list[str] = []
+    for name, program in programs.items():
+        kind: Any = type(program)
+
+        def call(self: Any, *given: Any, name: str = name, kind: Any = kind) -> Any:
+            calls.append(name)
+            return kind.__call__(self, *given)
+
+        program.__class__ = type("Counted", (kind,), {"__call__": call})  # calls look on the class alone
+    return calls
+
+
 @pytest.mark.parametrize("bottleneck", ["kl", "vq", "fsq"])
 def test_a_tokenizer(make_tokenizer: Make, tmp_path: Path, bottleneck: str) -> None:
     levels = {"fsq_levels": (3, 3, 3, 3)} if bottleneck == "fsq" else {}
@@ -103,13 +117,32 @@ def test_a_generator(tmp_path: Path) -> None:
     from textok_fast.inference import Engine, Plan
 
     process = build_process("gaussian", learn_sigma=True)
-    options: dict[str, Any] = {"seeds": [3, 1, 2], "steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.0, 600.0)}
-    for sampler in ("ddpm", "unipc"):
-        both = [
-            each.sample(process, sampler=sampler, labels=torch.tensor([0, 4, 5]), text=text, **options)
-            for each in (loaded, Engine(model, Plan(device="cpu")))
-        ]
+    assert isinstance(loaded, runtime.ExportedGenerator)
+    calls = counted(loaded.exported)
+    options: dict[str, Any] = {"seeds": [3, 1, 2], "steps": 3, "guidance_scale": 2.0, "labels": torch.tensor([0, 4, 5])}
+    negative = TextFeatures(torch.randn(3, 2, 8), torch.ones(3, 2, dtype=torch.bool))
+    engine = Engine(model, Plan(device="cpu"))
+    for given, inside in (
+        ({"sampler": "ddpm", "text": text}, True),
+        ({"sampler": "ddim"}, True),
+        ({"sampler": "ddpm", "text": text, "guidance_interval": (0.0, 600.0)}, False),
+        ({"sampler": "unipc", "text": text}, False),
+        ({"sampler": "ddim", "text": text, "negative_text": negative}, False),
+        ({"sampler": "ddim", "text": text, "guided_channels": 3}, False),
+        ({"sampler": "ddim", "text": text, "guidance_scale": 1.0}, False),
+    ):
+        calls.clear()
+        both = [each.sample(process, **{**options, **given}) for each in (loaded, engine)]
         torch.testing.assert_close(*both, **CLOSE)
+        assert calls == (["sampler"] * 3 if inside else ["modulation", *["step"] * 3]), given
+    apart = load(tmp_path / "out", "cpu", sampler=False)
+    assert isinstance(apart, runtime.ExportedGenerator)
+    calls = counted(apart.exported)
+    torch.testing.assert_close(apart.sample(process, **options), engine.sample(process, **options), **CLOSE)
+    assert calls == ["modulation", *["step"] * 3]
+    seen: list[float] = []
+    loaded.sample(process, on_step=lambda i, t, x: seen.append(float(x.abs().mean())), **options)
+    assert len(set(seen)) == 3  # the run is at hand between its evaluations
 
 
 def test_a_pipeline_by_caption(make_tokenizer: Make, tmp_path: Path) -> None:
@@ -180,6 +213,10 @@ def test_what_cannot_be_loaded_is_named(make_tokenizer: Make, tmp_path: Path, mo
     export(Source(make_tokenizer(text="none", decoder_depth=1)), out, what="decoder", pictures=1)
     with pytest.raises(InputError, match="provider must be one of cpu, cuda, tensorrt, got 'vulkan'"):
         load(out, "cpu", "vulkan")
+    if not torch.cuda.is_available():
+        for provider in ("cuda", "tensorrt"):
+            with pytest.raises(InputError, match="torch sees no GPU"):
+                load(out, None, provider)
     with pytest.raises(InputError, match="device must be auto, cpu, cuda"):
         load(out, "mps")
     manifest = Manifest.read(out)
@@ -189,9 +226,13 @@ def test_what_cannot_be_loaded_is_named(make_tokenizer: Make, tmp_path: Path, mo
         load(out, "cpu")
     manifest.to = "onnx"
     manifest.write(out)
-    (out / "decoder.onnx").write_bytes(b"x" * manifest.files["decoder"]["bytes"])
-    with pytest.raises(InputError, match="ONNX Runtime cannot load"):
+    good = (out / "decoder.onnx").read_bytes()
+    (out / "decoder.onnx").write_bytes(good[:-4000] + b"\0" * 4000)  # a part of a download that is lacking, at the same size
+    with pytest.raises(InputError, match="is damaged: decoder.onnx is not what was exported, its SHA-256 differs"):
         load(out, "cpu")
+    (out / "decoder.onnx").write_bytes(b"x" * len(good))
+    with pytest.raises(InputError, match="ONNX Runtime cannot load"):
+        load(out, "cpu", verify=False)
     (out / "decoder.onnx").unlink()
     with pytest.raises(InputError, match="decoder.onnx is missing or cut short"):
         load(out, "cpu")

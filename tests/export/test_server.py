@@ -425,6 +425,19 @@ def test_engines_of_tensorrt_are_served_as_plans(exported: Path, tmp_path: Path,
     assert (config["platform"], config["max_batch_size"]) == (["tensorrt_plan"], [16])
     assert config["instance_group"][0]["profile"] == ["0", "1"]
     assert [entry["dims"] for entry in config["input"]] == [[3, 4], [-1, 8], [-1]]
+    # One that does not suit the GPU here is passed over for its ONNX file, unless engines are asked for.
+    shutil.copy(exported / "decoder.onnx", engines)
+    monkeypatch.setattr(tensorrt, "this_gpu", lambda: ("sm_80", "NVIDIA A100"))
+    monkeypatch.setattr(server, "this_gpu", lambda: ("sm_80", "NVIDIA A100"))
+    write_repository(engines, tmp_path / "out")
+    assert [path.name for path in (place / "1").iterdir()] == ["model.onnx"]
+    write_repository(engines, tmp_path / "out", ServerOptions(backend="tensorrt"))
+    assert [path.name for path in (place / "1").iterdir()] == ["model.plan"]
+    (engines / "decoder.onnx").unlink()
+    whole = (engines / "decoder.engine").read_bytes()
+    (engines / "decoder.engine").write_bytes(whole[:-1] + b"?")
+    with pytest.raises(InputError, match=r"decoder.engine cannot be served: decoder.engine is damaged"):
+        write_repository(engines, tmp_path / "out")
     tensorrt.build_engines(exported, "tensorrt-rtx", ["decoder"], profiles, engines)
     with pytest.raises(InputError, match=r"decoder.engine is TensorRT-RTX's, which the server cannot run"):
         write_repository(engines, tmp_path / "out", ServerOptions(backend="tensorrt"))

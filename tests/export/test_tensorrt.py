@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -235,10 +236,11 @@ def test_captions_are_as_long_as_the_models_take_them(fake: Callable[..., Any], 
     fake()
     shutil.copy(decoder / "decoder.onnx", decoder / "text.onnx")
     for text, longest in (({"special": 2, "max_positions": 512}, 79), ({"special": 2, "max_positions": 77}, 77), (None, 77)):
-        (decoder / "export.json").write_text(json.dumps({"tokenizer": {"max_text_tokens": 77}, "text": text}))
-        built = {path.stem: about.profiles[0]["text_length"] for path, about in build_engines(decoder)}
+        about = {"format": 1, "to": "onnx", "precision": "fp32", "files": {}}
+        (decoder / "export.json").write_text(json.dumps({**about, "tokenizer": {"max_text_tokens": 77}, "text": text}))
+        built = {path.stem: made.profiles[0]["text_length"] for path, made in build_engines(decoder)}
         assert built == {"decoder": [1, 32, 77], "text": [1, 32, longest]}
-    (decoder / "export.json").write_text(json.dumps({"tokenizer": {"max_text_tokens": 20}}))
+    (decoder / "export.json").write_text(json.dumps({**about, "tokenizer": {"max_text_tokens": 20}}))
     assert build_engines(decoder, names=["decoder"])[0].about.profiles[0]["text_length"] == [1, 20, 20]
 
 
@@ -292,6 +294,22 @@ def test_a_program_runs_on_the_memory_of_its_inputs(fake: Callable[..., Any], de
     (pixels,) = program(shifted.double(), None, text.transpose(0, 1).contiguous().transpose(0, 1), mask)
     torch.testing.assert_close(pixels, expected(decoder, (tokens, text, mask)))
     assert list(program.run({"text_mask": mask, "tokens": tokens, "text": text})) == ["pixels"]
+
+
+def test_a_program_runs_on_its_own_device(fake: Callable[..., Any], decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = fake()
+    build_engines(decoder, options=BuildOptions([SIZES]))
+    program, entered = load_engine(decoder, "decoder"), []
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        before = len(trt.calls["streams"])
+        yield
+        entered.append((place, len(trt.calls["streams"]) - before))
+
+    monkeypatch.setattr(tensorrt, "_device", device)
+    program(*given(9, 5))
+    assert entered == [(program.device, 3)]
 
 
 def test_more_samples_than_a_profile_has_are_run_in_parts(fake: Callable[..., Any], decoder: Path) -> None:
@@ -394,11 +412,18 @@ def test_external_weights_are_part_of_what_an_engine_was_built_from(fake: Callab
 def test_damaged_engines(fake: Callable[..., Any], decoder: Path) -> None:
     fake()
     ((path, about),) = build_engines(decoder)
-    path.write_bytes(b"x" * about.bytes)
-    with pytest.raises(InputError, match="cannot load .*decoder.engine: it gave no reason; build it again"):
-        load_engine(decoder, "decoder")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"decoder.engine is damaged: its SHA-256 is not the one in decoder.engine.json"):
+        load_engine(decoder, "decoder", rebuild=False)
+    load_engine(decoder, "decoder")  # which builds it again
+    assert path.read_bytes() == whole
     beside = path.with_name("decoder.engine.json")
     content = json.loads(beside.read_text())
+    path.write_bytes(b"x" * about.bytes)
+    beside.write_text(json.dumps({**content, "sha256": hashlib.sha256(b"x" * about.bytes).hexdigest()}))
+    with pytest.raises(InputError, match="cannot load .*decoder.engine: it gave no reason; build it again"):
+        load_engine(decoder, "decoder")
     for damaged, said in (
         ("{", "cannot read"),
         ("[]", "cannot read"),

@@ -31,13 +31,15 @@ Call = Callable[[], Any]
 class DeployConfig:
     """What to time. ``directories``: of ``textok-fast export``; ``model``: what they were exported from.
 
-    ``rounds``: over all contestants of one task, each called once a round. ``text_tokens``: of the captions.
+    ``rounds``: over all contestants of one task, each called once a round. ``text_tokens``: of the captions. ``steps``: of a
+    whole sample, guided by 2, where a directory holds a pipeline.
     """
 
     directories: tuple[str, ...]
     model: str
     batch: tuple[int, ...] = (1,)
     text_tokens: int = 16
+    steps: int = 20
     rounds: int = 10
     threads: int | None = None
     device: str = "auto"
@@ -46,7 +48,7 @@ class DeployConfig:
         self.directories, self.batch = tuple(map(str, self.directories)), tuple(self.batch)
         if not self.directories or not self.batch or min(self.batch) < 1:
             raise InputError("give at least one exported directory, and batches of at least 1")
-        for name in ("text_tokens", "rounds"):
+        for name in ("text_tokens", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -94,7 +96,10 @@ class DeployResult:
 def run_deploy(
     config: DeployConfig, command: str = "", on_result: Callable[[DeployResult], None] | None = None
 ) -> DeployResult:
-    """Times all of it; ``on_result`` is called after each task. InputError for a directory that no export wrote."""
+    """Times all of it; ``on_result`` is called after each task.
+
+    Raises: InputError for a directory that no export wrote, or that was exported from another model than ``config.model``.
+    """
     from textok_fast.export import Manifest, Source
 
     device = resolve_device(config.device)
@@ -104,6 +109,8 @@ def run_deploy(
     for directory, manifest in manifests.items():
         manifest.require_complete(directory)
     source = Source.load(config.model)
+    for directory, manifest in manifests.items():
+        _require_same(directory, manifest, source, config.model)
     result = DeployResult(dataclasses.asdict(config), machine_info(), command)
     graphs = _graphs(source, any("text" in manifest.files for manifest in manifests.values()))
     for name, graph in graphs.items():
@@ -120,7 +127,77 @@ def run_deploy(
             result.times += _timed(name, batch, contestants, config.rounds, device)
             if on_result is not None:
                 on_result(result)
+    for batch in config.batch:
+        if contestants := _pictures(source, manifests, config, batch, device):
+            result.times += _timed(f"picture, {config.steps} steps", batch, contestants, config.rounds, device)
+            if on_result is not None:
+                on_result(result)
     return result
+
+
+def _require_same(directory: Path, manifest: Manifest, source: Source, model: str) -> None:
+    from textok_fast.export.runtime import model_differs
+
+    for kind in ("tokenizer", "generator"):
+        exported, own = getattr(manifest, kind), getattr(source, kind)
+        if exported is None or own is None:
+            continue
+        if differs := model_differs(exported, own.config, but=()):
+            raise InputError(f"{directory} was exported from another {kind} than {model}: its {differs}")
+
+
+def _pictures(
+    source: Source, manifests: dict[Path, Manifest], config: DeployConfig, batch: int, device: torch.device
+) -> dict[str, Callable[[], Call]]:
+    """Whole samples, guided, with their pictures as bytes, through :func:`textok_fast.export.load` and as PyTorch draws them;
+    nothing where no directory holds a pipeline."""
+    from textok_fast.export import load
+    from textok_fast.inference.pipelines import GenerationPipeline, SamplingOptions, build_pipeline
+
+    tokenizer, generator, about = source.tokenizer, source.generator, source.pipeline
+    there = {
+        directory: manifest
+        for directory, manifest in manifests.items()
+        if _holds(manifest, "decoder") and _holds(manifest, "forward") and manifest.pipeline is not None
+    }
+    if tokenizer is None or generator is None or about is None or not there:
+        return {}
+    draw = torch.Generator().manual_seed(0)
+    labels, text = None, None
+    if generator.config.num_classes:
+        labels = torch.arange(batch) % generator.config.num_classes
+    if generator.config.text_dim or tokenizer.config.text_in_decoder:
+        size = (batch, config.text_tokens, tokenizer.config.text_dim)
+        text = TextFeatures(torch.randn(size, generator=draw), torch.ones(size[:2], dtype=torch.bool))
+    options = SamplingOptions(steps=config.steps, guidance_scale=2.0)
+
+    def drawn(made: Any) -> Call:
+        if not isinstance(made, GenerationPipeline):
+            raise InputError("it holds no pipeline that can be run")
+        decoder: Any = made.tokenizer if made._engines is None else made._engines[1]
+        given = text if generator.config.text_dim else None
+
+        @torch.no_grad()
+        def call() -> Any:
+            tokens = made.generate_tokens(labels, given, list(range(batch)), options)
+            return decoder.decode(tokens, None if text is None else tuple(text), output="uint8")
+
+        return call
+
+    def own(plan: Plan | None) -> Call:
+        models = generator.to(device), tokenizer.to(device)
+        return drawn(build_pipeline(*models, about, config.model, plan))
+
+    contestants: dict[str, Callable[[], Call]] = {"PyTorch fp32": functools.partial(own, None)}
+    for plan in dict.fromkeys([Plan.automatic(device, "fp32"), Plan.automatic(device)]):
+        contestants[f"engine {plan.precision}"] = functools.partial(own, plan)
+    for directory, manifest in there.items():
+        label = f"{manifest.to} {manifest.precision} ({directory})"
+        contestants[label] = lambda directory=directory: drawn(load(directory, device))  # type: ignore[misc]
+        if "sampler" in manifest.files:
+            apart = functools.partial(load, directory, device, sampler=False)
+            contestants[f"{label}, without sampler.onnx"] = lambda apart=apart: drawn(apart())  # type: ignore[misc]
+    return contestants
 
 
 def _graphs(source: Source, text: bool) -> dict[str, Graph]:

@@ -245,6 +245,14 @@ class GeneratorEngine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _variants(self, given: _Conditions, program: SamplerProgram) -> list[_Variant]:
+        """How each evaluation of a run is made."""
+        return _variants(self.plan, program)
+
+    def _sampler_step(self, loop: _Loop) -> Tensor:
+        """A whole evaluation in one call, of an engine that has it as a program: x after it."""
+        raise NotImplementedError
+
     def _text_tokens(self, text: TextFeatures | None, batch: int) -> TextTokens | None:
         if self.model.text_embedder is None:
             return None
@@ -546,7 +554,7 @@ class _Part:
 
     def __init__(self, engine: GeneratorEngine, given: _Conditions, program: SamplerProgram) -> None:
         self._engine = engine
-        self._variants = _variants(engine.plan, program)
+        self._variants = engine._variants(given, program)
         self.done, self.total = 0, program.evaluations
         self._kept: Tensor | None = None
         with engine._context():
@@ -572,7 +580,7 @@ class _Part:
         assert self._loop is not None
         with self._engine._context():
             chunk = self._loop.shape.layout.chunk
-            if chunk and self.done % chunk == 0:
+            if chunk and self.done % chunk == 0 and self._variants[self.done].network != "sampler":
                 self._loop.compute_modulation(self.done)
             self._loop.run(tuple(self._variants[self.done : self.done + count]), alone)
         self.done += count
@@ -600,7 +608,9 @@ class _Variant(NamedTuple):
     """How an evaluation runs: on the guidance pair or the conditional half alone, and what of a step cache it uses."""
 
     pair: bool
-    network: str  # "whole", or with a step cache "first" (all blocks, kept) or "short"
+    # "whole", or with a step cache "first" (all blocks, kept) or "short"; "sampler" for all evaluations of a run, of an engine
+    # that has guidance and update inside a program
+    network: str
 
 
 def _variants(plan: Plan, program: SamplerProgram) -> list[_Variant]:
@@ -724,6 +734,10 @@ class _Loop:
     def _evaluate(self, variant: _Variant) -> None:
         engine, shape = self._engine, self.shape
         z = self.work[0]  # (B, ...)
+        if variant.network == "sampler":
+            z.copy_(engine._sampler_step(self))
+            self._numbers.add_(self._advance)
+            return
         batch = 2 * shape.batch if variant.pair else shape.batch
         x = self._x[:batch]  # (B or 2 B, ...)
         x.unflatten(0, (-1, shape.batch)).copy_(z)

@@ -183,6 +183,30 @@ class TokenizerEngine:
     def text_encoder(self) -> TextEncoder:
         return self.model.text_encoder
 
+    @property
+    def latent_mean(self) -> Tensor:
+        return self.model.latent_mean
+
+    @property
+    def latent_std(self) -> Tensor:
+        return self.model.latent_std
+
+    def text_features(self, captions: Captions, batch: int) -> TextFeatures | None:
+        """:meth:`TexTok.text_features`."""
+        return self.model.text_features(captions, batch)
+
+    def preprocess(self, images: Images) -> Tensor:
+        """:meth:`TexTok.preprocess`."""
+        return self.model.preprocess(images)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """:meth:`TexTok.normalize`."""
+        return self.model.normalize(latents)
+
+    def denormalize(self, tokens: Tensor) -> Tensor:
+        """:meth:`TexTok.denormalize`."""
+        return self.model.denormalize(tokens)
+
 
 # -- captions ----------------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of huggingface_hub's downloads
 
+NO_WEIGHTS = "this model was loaded from exported programs, which do not give their weights: save the one it was exported from"
+
 
 class PretrainedMixin(nn.Module):
     """Adds saving and loading to a module whose ``config`` is a dataclass of type ``config_class``."""
@@ -34,10 +36,13 @@ class PretrainedMixin(nn.Module):
         """Writes config.json and model.safetensors; each file replaces an old one only when complete. Returns the directory.
 
         ``notes``: further entries of config.json for other libraries, with names in ``_``, which :meth:`from_pretrained` skips.
+        Raises: InputError, before anything is written, for a model whose weights are not here but in exported programs.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        if any(value.is_meta for value in state.values()):
+            raise InputError(NO_WEIGHTS)
+        directory.mkdir(parents=True, exist_ok=True)
         save_tensors(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps({"model_type": self.model_type, **to_dict(self.config), **(notes or {})}, indent=2) + "\n"
         write_text(directory / CONFIG_NAME, text)
