@@ -1,6 +1,6 @@
 """Draws docs/mini.png with the weights in the box: pictures, their reconstructions with, without and with an edited caption, and samples.
 
-    python scripts/draw_mini.py [docs/mini.png]
+python scripts/draw_mini.py [docs/mini.png]
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
         pipe(captions, seed=0, options=SamplingOptions(steps=50, guidance_scale=2.0)).images,
     ]
     image_grid(torch.cat([torch.as_tensor(row) for row in rows]), columns=COLUMNS).save(out)
-    print(f"wrote {out}. Rows: originals; with caption; no caption; the same tokens, caption edited; generated from the caption")
+    print(
+        f"wrote {out}. Rows: originals; with caption; no caption; the same tokens, caption edited; generated from the caption"
+    )
     for caption, other in zip(captions, edited, strict=True):
         print(f"  {caption}  ->  {other.split('; ')[0]}")
 

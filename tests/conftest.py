@@ -71,6 +71,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def fake_text_class() -> type[FakeTextEncoder]:
+    return FakeTextEncoder
+
+
 @pytest.fixture
 def fake_text() -> FakeTextEncoder:
     return FakeTextEncoder()

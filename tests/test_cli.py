@@ -530,7 +530,7 @@ def test_the_whole_way(
 
     model = {"num_tokens": 3, "in_channels": 4, "width": 32, "depth": 1, "heads": 2, "num_classes": 8, "text_dim": 0}
     config = {**to_dict(train_config(tmp_path / "dit")), "tokenizer": final, "model": model, "objective": "gaussian"}
-    config = {key: value for key, value in config.items() if key not in ("loss", "caption_dropout")}
+    config = {key: value for key, value in config.items() if key not in ("loss", "discriminator", "caption_dropout")}
     settings.write_text(yaml.safe_dump(config))
     generator = run("train", "generator", "--config", settings, "--json", "run.steps=2", "cache_images=8")
     assert generator.code == 0, generator.err

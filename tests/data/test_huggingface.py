@@ -107,7 +107,7 @@ def test_a_continued_stream_gives_the_same_batches_and_reads_little_again(saved:
 
     def batches(start: int) -> list[list[tuple[Any, ...]]]:
         dataset = read(saved / "parquet", "train", streaming=True, length=COUNT, shuffle_buffer=8, crop="random")
-        indices = StepBatches(len(dataset), 5, 3, start, 21, 0, 1, dataset.epoch_order)
+        indices = StepBatches(len(dataset), 5, 3, start, 21, 0, 1, order=dataset.epoch_order)
         found = [dataset.__getitems__(batch) for batch in indices]  # type: ignore[attr-defined]
         return [[(example.image.tobytes(), *example[1:]) for example in batch] for batch in found]
 

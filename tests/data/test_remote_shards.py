@@ -261,7 +261,7 @@ def test_the_same_pictures_whatever_reads_them(tmp_path: Path) -> None:
     order = dataset.epoch_order
 
     def batches(start: int, batch: int, rank: int, world: int) -> list[list[int]]:
-        return list(StepBatches(len(dataset), batch, 3, start, 12, rank, world, order))
+        return list(StepBatches(len(dataset), batch, 3, start, 12, rank, world, order=order))
 
     whole = batches(0, 8, 0, 1)
     assert batches(7, 8, 0, 1) == whole[7:]  # a continued run

@@ -71,11 +71,9 @@ def config_of(tokenizer: Path, out: Path, low: LowResolutionConfig, steps: int =
 
 
 @pytest.fixture(scope="module")
-def fake_text_everywhere(request: pytest.FixtureRequest) -> Any:
+def fake_text_everywhere(fake_text_class: type) -> Any:
     patched = pytest.MonkeyPatch()
-    from conftest import FakeTextEncoder  # type: ignore[import-not-found]
-
-    patched.setattr("textok_fast.modeling.tokenizer.load_text_encoder", lambda *args, **options: FakeTextEncoder())
+    patched.setattr("textok_fast.modeling.tokenizer.load_text_encoder", lambda *args, **options: fake_text_class())
     yield
     patched.undo()
 

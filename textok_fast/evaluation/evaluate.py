@@ -46,10 +46,11 @@ from textok_fast.evaluation.parts import Job, Parts, Processes, Progress, Stage
 from textok_fast.evaluation.provenance import provenance
 from textok_fast.files import write_atomically, write_text
 from textok_fast.inference.engine import Engine
-from textok_fast.inference.pipelines import ClassToImagePipeline, SamplingOptions, load_pipeline
+from textok_fast.inference.pipelines import PIPELINE_NAME, ClassToImagePipeline, SamplingOptions, load_pipeline
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.encoding import fingerprint
+from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.pictures import image_grid
 from textok_fast.training.perceptual import load_lpips
@@ -598,7 +599,7 @@ def _reference_jobs(given: Pictures | None, networks: Sequence[FeatureNetwork]) 
 
 
 def _samples(samples: str, sampling: Sampling | None, parts: Parts, options: Options) -> Pictures:
-    if (Path(samples) / "pipeline.json").is_file():
+    if (find_model(samples) / PIPELINE_NAME).is_file():
         return PipelinePictures(samples, sampling or Sampling(), parts, options)
     if sampling is not None and sampling.prompts:
         raise InputError(f"{samples} holds pictures, which take no prompts: give a pipeline's directory")
