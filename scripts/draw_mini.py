@@ -1,4 +1,4 @@
-"""Draws docs/mini.png with the weights in the box: pictures, their reconstructions with, without and with an edited caption, and samples.
+"""Draws docs/mini.png with textok-mini: pictures, reconstructions with, without and with an edited caption, and samples.
 
 python scripts/draw_mini.py [docs/mini.png]
 """
