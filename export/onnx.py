@@ -119,9 +119,31 @@ def _traced(graph: Graph, opset: int) -> ir.Model:
         for axis, size in graph.axes[str(value.name)].items():
             if value.shape is None or isinstance(value.shape[axis], int):
                 raise InputError(f"the graph {graph.name} was traced for one {size} only, of its input {value.name}")
+    _expand_masks(model)
     _name_weights(model)
     _drop_notes(model)
     return model
+
+
+def _expand_masks(model: ir.Model) -> None:
+    """Masks of Attention that hold for all queries, (B, 1, 1, N_k), as (B, 1, N_q, N_k): ONNX Runtime takes no others."""
+    import numpy as np
+    import onnx_ir as ir
+
+    graph = model.graph
+    for number, node in enumerate([node for node in graph if node.op_type == "Attention"]):
+        queries, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+        if mask is None or mask.shape is None or mask.shape[-2] != 1:
+            continue
+        if queries is None or queries.shape is None or not isinstance(queries.shape[2], int):
+            raise InputError("attention under a mask is exported for a fixed number of queries only")
+        name = f"attention_sizes_{number}"
+        sizes = ir.Tensor(np.array([1, 1, queries.shape[2], 1], np.int64), name=name)
+        value = ir.Value(name=name, const_value=sizes, shape=ir.Shape([4]), type=ir.TensorType(sizes.dtype))
+        graph.register_initializer(value)
+        wide = ir.Node("", "Expand", [mask, value], outputs=[ir.Value(name=f"attention_mask_{number}", type=mask.type)])
+        graph.insert_before(node, [wide])
+        node.replace_input_with(3, wide.outputs[0])
 
 
 def _joined(graph: Graph, parts: Sequence[Part], known: dict[str, ir.Model]) -> ir.Model:

@@ -305,7 +305,8 @@ def layer_errors(graph: Graph, model: ir.Model, given: Inputs, directory: Path) 
             finally:
                 path.unlink(missing_ok=True)
     finally:
-        del model.graph.outputs[len(outputs) :]
+        while len(model.graph.outputs) > len(outputs):
+            model.graph.outputs.pop()  # a slice that is deleted leaves its values marked as outputs, written without a type
     found = []
     for name in values:  # in the graph's order
         for wanted in eager[name]:

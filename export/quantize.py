@@ -103,7 +103,8 @@ def calibrate(
             save(model, Path(file.name))
             handle = session(Path(file.name))
     finally:
-        del model.graph.outputs[count:]
+        while len(model.graph.outputs) > count:
+            model.graph.outputs.pop()  # a slice that is deleted leaves its values marked as outputs, written without a type
     names = [name for name in values if name not in given]
 
     def activations() -> Iterator[tuple[str, Tensor]]:
