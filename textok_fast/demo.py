@@ -1,8 +1,8 @@
 """The whole path on real pictures in minutes: ``textok-fast demo``.
 
-Pictures, two tokenizers (with and without text) on the same batches, their quality on held-out compositions and objects, cached
-tokens, a small DiT, samples, all of it exported and run in ONNX Runtime, one denoising step over few and over many tokens, and
-a report. Every part that is finished is kept: the same command again goes on where the last one stopped.
+Pictures, what the weights in the box do with them, two tokenizers (with and without text) on the same batches, their quality on
+held-out compositions and objects, cached tokens, a small DiT, samples, exports run beside PyTorch, one denoising step over few and
+over many tokens, and a report. Every part that is finished is kept: the same command again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class _Demo:
     def all(self, command: str) -> Any:
         from textok_fast.data import fetch, load_dataset
         from textok_fast.evaluation import DemoResults, machine_info
+        from textok_fast.evaluation.mini import demonstrate
         from textok_fast.inference import load_pipeline
         from textok_fast.modeling import TexTok
         from textok_fast.training.loop import read_history
@@ -103,6 +104,10 @@ class _Demo:
             splits = {"compositions": "composition", "objects": "object"}
             held_out = {name: load_dataset(self.config.data, split) for name, split in splits.items()}
             print(f"pictures: {load_dataset(self.config.data, 'train').describe()}")
+        mini = None
+        if fetched.name == "emoji":  # what these weights know
+            with self._part("weights in the box"):
+                mini = demonstrate(held_out["compositions"], SHOWN)
         with self._part("training both tokenizers", resumes=True):
             self._train_tokenizers()
         tokenizers = {name: TexTok.from_pretrained(self.out / name / "final") for name in ("with_text", "no_text")}
@@ -112,6 +117,7 @@ class _Demo:
             machine=machine_info(),
             data={"source": fetched.name, "licence": fetched.licence, "note": fetched.note},
             durations=self.durations,
+            mini=mini,
         )
         if fetched.name != self.source:
             results.notes.append(f"{self.source} could not be had, {fetched.name} stand in: {fetched.note}")

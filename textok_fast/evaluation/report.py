@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from textok_fast.errors import InputError
+from textok_fast.evaluation.mini import MINI, ROWS, Demonstration
 from textok_fast.evaluation.plots import Series, line_plot
 from textok_fast.evaluation.step_times import HEADINGS, StepTimesResult, step_times_svg, table_cells
 from textok_fast.files import write_text
@@ -65,6 +66,7 @@ class DemoResults:
     generator_losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # "DiT" -> [(step, loss)]
     samples: np.ndarray | None = None  # (B, H, W, 3) uint8
     sample_captions: list[str] = field(default_factory=list)
+    mini: Demonstration | None = None  # what the weights in the box do
     onnx: list[dict[str, Any]] = field(default_factory=list)  # a row a runtime: "runtime", "passed", "reason", errors
     speedup: dict[str, Any] = field(default_factory=dict)  # StepTimesResult.to_dict()
     durations: dict[str, float] = field(default_factory=dict)  # part -> seconds
@@ -73,7 +75,7 @@ class DemoResults:
     def to_dict(self) -> dict[str, Any]:
         """All but the pictures, JSON-ready."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if name not in ("pictures", "samples")}
+        return {name: value for name, value in values.items() if name not in ("pictures", "samples", "mini")}
 
 
 def write_report(path: str | Path, results: DemoResults) -> Path:
@@ -87,6 +89,7 @@ def write_report(path: str | Path, results: DemoResults) -> Path:
 def render_report(results: DemoResults) -> str:
     """The page as HTML: styles, plots and pictures are in it, nothing is loaded from elsewhere."""
     sections = [
+        *([] if results.mini is None else [_section("Weights in the box", _mini(results.mini))]),
         _section("Reconstructions", _pictures(results)),
         _section("Reconstruction quality", _quality(results)),
         _section("Training", _losses(results)),
@@ -137,6 +140,21 @@ def _headline(results: DemoResults) -> str:
                 f"{_where(result)}; the paper publishes {result.published['speedup']}x for whole images at XL)."
             )
     return f'<p class="lead">{" ".join(sentences) or "Nothing was measured."}</p>'
+
+
+def _mini(made: Demonstration) -> str:
+    cards = []
+    for index, (caption, edited) in enumerate(zip(made.captions, made.edited, strict=True)):
+        cells = "".join(
+            f"<div>{_img(made.pictures[name][index], f'{title}: {caption}')}<span>{escape(title)}</span></div>"
+            for name, title in ROWS.items()
+        )
+        below = f"<figcaption>{escape(caption)}<small>edited: {escape(edited)}</small></figcaption>"
+        cards.append(f'<figure class="card"><div class="strip">{cells}</div>{below}</figure>')
+    return (
+        f"<p>{MINI} comes with the package: what it makes of these scenes before anything is trained. Edited means that the "
+        f'tokens were made with the right caption and decoded with another.</p><div class="cards">{"".join(cards)}</div>'
+    )
 
 
 def _pictures(results: DemoResults) -> str:
