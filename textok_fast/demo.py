@@ -1,8 +1,9 @@
 """The whole path on real pictures in minutes: ``textok-fast demo``.
 
 Pictures, what the weights in the box do with them, two tokenizers (with and without text) on the same batches, their quality on
-held-out compositions and objects, cached tokens, a small DiT, samples, exports run beside PyTorch, one denoising step over few and
-over many tokens, and a report. Every part that is finished is kept: the same command again goes on where the last one stopped.
+held-out compositions and objects, cached tokens, a small DiT, samples, exports run beside PyTorch, one denoising step over few
+and over many tokens, and a report. Every part that is finished is kept: the same command again goes on where the last one
+stopped.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from textok_fast.interop.titok import TiTok
 from textok_fast.modeling.shipped import ROOT, shipped_names
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    """Held-out scenes of the emoji, of which one machine without a network has none."""
+@pytest.fixture
+def scenes(users_cache):
+    """Held-out scenes of the emoji."""
     dataset = load_dataset(load_config(TokenizerTrainConfig, MINI).data, "composition")
     if "Objects: emoji" not in dataset.describe():
         pytest.skip("the emoji could not be fetched: textok-mini knows no other pictures")
@@ -36,7 +36,7 @@ def test_it_is_there_and_at_most_40_mb():
     assert vars(of_generator) == vars(generator.config)
 
 
-def test_captions_are_worth_what_the_card_says(users_cache, scenes):
+def test_captions_are_worth_what_the_card_says(scenes):
     made = demonstrate(scenes, 16)
     assert set(made.pictures) == set(ROWS)
     original = made.pictures["original"]
@@ -56,7 +56,7 @@ def test_captions_are_worth_what_the_card_says(users_cache, scenes):
         assert after > before - 6, caption
 
 
-def test_samples_look_like_what_their_captions_say(users_cache, scenes):
+def test_samples_look_like_what_their_captions_say(scenes):
     """Its own tokenizer's pictures of the scenes are nearer than those of other scenes."""
     made = demonstrate(scenes, 8).pictures
     real, sampled = (made[name].astype(np.float64).reshape(8, -1) for name in ("with", "generated"))
@@ -64,7 +64,7 @@ def test_samples_look_like_what_their_captions_say(users_cache, scenes):
     assert (distance.argmin(0) == np.arange(8)).sum() >= 7
 
 
-def test_drop_in_calls_take_it(users_cache, scenes):
+def test_drop_in_calls_take_it(scenes):
     batch = collate([scenes[index] for index in range(2)])
     tokenizer = TexTok.from_pretrained(MINI)
     tokens = tokenizer.encode(batch["images"], batch["captions"])
