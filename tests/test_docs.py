@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from soft_weights import soft_weights
 
@@ -94,6 +95,15 @@ def test_examples_of_the_engine(work: Path, packages: dict[str, Any], capsys: py
     assert names["record"].tokens.shape == (32, 8) and names["record"].index == 2
     assert "int8, " in out
     assert set(packages) == {"packages/dit", "packages/tokenizer"} and names["pictures"].shape == (2, 64, 64, 3)
+
+
+def test_the_first_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 100), (200, 30, 30)).save("scene.png")
+    names = run(read("README.md").split("\n## ", 1)[0])
+    assert names["tokens"].mode().shape == (1, 8, 8)
+    assert names["again"].shape == names["blind"].shape == names["other"].shape == names["made"].shape == (1, 64, 64, 3)
+    assert not torch.equal(names["again"], names["other"])  # the caption decides what is decoded
 
 
 def test_the_example_of_the_readme(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
