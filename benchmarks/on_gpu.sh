@@ -13,6 +13,7 @@
 #   LIMIT=580 PARTS="build speedup" bash benchmarks/on_gpu.sh                whole systems: the reference form and the engine
 #   LIMIT=580 PARTS="build compile" bash benchmarks/on_gpu.sh                the same with torch.compile beside them, fewer
 #   LIMIT=580 PARTS="build fp8-speedup parity profile peers" bash benchmarks/on_gpu.sh
+#   LIMIT=580 PARTS="build training" bash benchmarks/on_gpu.sh               training steps, images/s and share of the ceiling
 #   PARTS="autotune" bash benchmarks/on_gpu.sh                               torch.compile max-autotune beside them, an hour
 #
 # Environment: OUT (default benchmarks/results/local), PYTHON, PARTS, LIMIT (seconds for the whole call), ROUNDS, SMOKE=1 (tiny
@@ -25,7 +26,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONUNBUFFERED=1
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedup fp8-speedup compile parity profile peers}
+PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedup fp8-speedup compile parity profile peers training}
 LIMIT=${LIMIT:-86400}
 ROUNDS=${ROUNDS:-15}
 WHEELS=${WHEELS:-.whl}
@@ -172,6 +173,9 @@ for wanted in $PARTS; do
     fp8-speedup) speedup fp8-speedup 300 --forms engine --dtype "$([ "$device" = cuda ] && echo fp8 || echo int8)" ;;
     parity) study parity 240 "size=$size" ;;
     profile) study profile 120 "size=$size" precision=bf16 ;;
+    training) # ViT-B tokenizer and DiT-XL steps: plain, fused, compiled, with recomputed blocks
+      study training 400 "precisions=$([ "$device" = cuda ] && has torchao && echo '[bf16,fp8]' || echo '[bf16]')" \
+        ${SMOKE:+tokenizer=tiny generator=tiny image_size=64 rounds=1} ;;
     few-rows) part few-rows 120 "$PYTHON" benchmarks/few_rows.py --seconds 50 --out "$OUT/few_rows.json" ;;
     peers) # diffusers' DiT and the original form compute their modulation themselves, and diffusers' is over patches only
       study peers 400 "size=$size" "batch=[1]" "tokens=[32,1024]" "modulation=[inside]" \
