@@ -2,13 +2,19 @@
 
 import json
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from textok_fast.cli import main
 from textok_fast.errors import InputError
 from textok_fast.evaluation.text_study import StudyConfig, findings, gains, means, plot, table
+from textok_fast.training.checkpoints import list_checkpoints
+from textok_fast.training.loop import read_history
 
 TINY = ["data.source=shapes", "data.image_size=16", "data.objects=8", "data.held_out_objects=4", "model.image_size=16",
     "model.patch_size=8", "model.width=32", "model.heads=2", "model.decoder_depth=1", "model.encoder_depth=1",
@@ -46,6 +52,30 @@ def test_again_trains_nothing_and_says_the_same(study):
     after = json.loads((study / "study.json").read_text())
     assert after["runs"] == before["runs"]
     assert times == {path: path.stat().st_mtime_ns for path in study.glob("*/final/*")}
+
+
+def test_a_killed_study_takes_its_trainings_along_and_goes_on(tmp_path):
+    """SIGKILL in a training: that ends by itself, with a checkpoint, and the same command finishes the study."""
+    out = tmp_path / "study"
+    options = ["--tokens", "2", "--text", "none", "--seeds", "0", "--pictures", "4", *TINY, "run.steps=100000"]
+    options += ["run.checkpoint_every=100000", "run.log_every=1"]
+    command = [sys.executable, "-m", "textok_fast", "evaluate", "study", "--out", str(out), *options]
+    run = out / "002-none-0"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as study:
+        _wait(lambda: read_history(run))
+        study.kill()
+    _wait(lambda: list_checkpoints(run))
+    last = list_checkpoints(run)[-1].name
+    with FileLock(run / ".lock", timeout=60):  # nobody trains any more
+        pass
+    assert int(last.split("-")[1]) < 100000 and not (out / "study.json").exists()
+
+
+def _wait(found, seconds=300):
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_other_settings_are_refused(study, capsys):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from textok_fast.config import TokenizerTrainConfig, load_config, to_dict
@@ -37,6 +38,7 @@ PLACES = ("both", "encoder", "decoder", "none")  # of text, as TexTokConfig.text
 SHUFFLED = "shuffled"  # text in both, read with the captions of other pictures
 SPLITS = {"composition": "held-out compositions", "object": "held-out objects"}
 BATCH = 64
+PATIENCE = 300.0  # seconds that a training may take to end
 
 
 @dataclass
@@ -169,17 +171,35 @@ def _log(out: Path, run: _Run) -> Path:
 
 def _start(config: StudyConfig, run: _Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     directory = config.out / run.name
+    directory.mkdir(exist_ok=True)
+    with FileLock(directory / ".lock", timeout=PATIENCE):  # the training of a killed study ends with a checkpoint first
+        pass
     settings = [*config.overrides, *run.settings, f"run.output_dir={json.dumps(str(directory))}"]
-    command = [sys.executable, "-m", "textok_fast", "train", "tokenizer", "--recipe", config.recipe, "--resume", *settings]
+    command = ["train", "tokenizer", "--recipe", config.recipe, "--resume", *settings]
     with _log(config.out, run).open("ab") as file:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", _TRAINING, *command],
+            stdin=subprocess.PIPE,  # never written to: it closes when this process ends, however that is
             stdout=file,
             stderr=file,
             env={**os.environ, **environment},
             start_new_session=True,  # a terminal's Ctrl-C reaches only us: a second signal would cut a checkpoint short
         )
+
+
+# A training that writes a checkpoint and ends when its standard input closes.
+_TRAINING = """
+import os, signal, sys, threading
+
+def end_with_the_study():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_the_study, daemon=True).start()
+from textok_fast.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------------------
@@ -265,9 +285,9 @@ def findings(result: dict[str, Any]) -> list[str]:
     for split, name in SPLITS.items():
         if few != many and (split, few, "both") in gain and (split, many, "both") in gain:
             one, two = gain[split, few, "both"], gain[split, many, "both"]
-            clear = _is_clear(one["psnr"] - two["psnr"], one["psnr_std"], two["psnr_std"])
+            clear = _is_clear(one, two)
             said.append(
-                f"Fewer tokens, larger gain ({name}): text in both is worth {one['psnr']:+.2f} dB at {few} tokens and "
+                f"Fewer tokens, larger gain, in PSNR ({name}): text in both is worth {one['psnr']:+.2f} dB at {few} tokens and "
                 f"{two['psnr']:+.2f} dB at {many}: {_verdict(one['psnr'] > two['psnr'], clear)}."
             )
         pairs = [(gain[split, n, "encoder"], gain[split, n, "decoder"]) for n in result["tokens"]
@@ -275,19 +295,22 @@ def findings(result: dict[str, Any]) -> list[str]:
         if pairs:
             encoder = statistics.fmean(one["psnr"] for one, _ in pairs)
             decoder = statistics.fmean(two["psnr"] for _, two in pairs)
-            clear = all(_is_clear(one["psnr"] - two["psnr"], one["psnr_std"], two["psnr_std"]) for one, two in pairs)
+            clear = all(_is_clear(one, two) for one, two in pairs)
             same = len({one["psnr"] > two["psnr"] for one, two in pairs}) == 1
             said.append(
-                f"Text in the encoder worth more than in the decoder ({name}): {encoder:+.2f} dB and {decoder:+.2f} dB, "
+                f"Encoder's text worth more than the decoder's, in PSNR ({name}): {encoder:+.2f} dB and {decoder:+.2f} dB, "
                 f"means over the numbers of tokens: {_verdict(encoder > decoder, clear and same)}."
             )
     return said
 
 
-def _is_clear(difference: float, *deviations: float | None) -> bool:
-    """Whether it is more than twice the deviation of the two means' difference, as far as seeds tell it."""
-    known = [each for each in deviations if each is not None]
-    return len(known) == len(deviations) and abs(difference) > 2 * math.hypot(*known)
+def _is_clear(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two mean gains differ by more than twice the standard error of their difference, as far as seeds tell it."""
+    deviations = [each["psnr_std"] for each in (one, two)]
+    if None in deviations:
+        return False
+    error = math.sqrt(sum(std**2 / each["seeds"] for std, each in zip(deviations, (one, two), strict=True)))
+    return bool(abs(one["psnr"] - two["psnr"]) > 2 * error)
 
 
 def _verdict(holds: bool, clear: bool) -> str:

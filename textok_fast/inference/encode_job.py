@@ -66,8 +66,11 @@ class EncodeJob:
 
     def missing(self) -> list[int]:
         """The numbers of the shards that are not there yet."""
-        is_there = is_complete if self.format == "safetensors" else Path.exists
-        return [number for number, _, _ in shard_ranges(len(self.dataset), self.shard_size) if not is_there(self.path(number))]
+        return [number for number, _, _ in shard_ranges(len(self.dataset), self.shard_size) if not self.is_there(number)]
+
+    def is_there(self, number: int) -> bool:
+        """Whether the shard is there, whole."""
+        return is_complete(self.path(number)) if self.format == "safetensors" else self.path(number).exists()
 
     def count(self, number: int) -> int:
         """Pictures of a shard, corrupt ones included."""
@@ -191,7 +194,7 @@ class _RayWriter:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for number in batch["shard"].tolist():
-            if not self.writer.job.path(number).exists():  # Ray runs a task again whose worker died after it
+            if not self.writer.job.is_there(number):  # Ray runs a task again whose worker died after it
                 self.writer.write(number)
         return batch
 

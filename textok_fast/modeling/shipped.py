@@ -27,7 +27,7 @@ def find_model(source: str | Path) -> Path:
     Raises: InputError where one of the shipped files is missing or is not what was shipped.
     """
     path = Path(source).expanduser()
-    if path.exists() or str(source) not in shipped_names():
+    if path.is_dir() or str(source) not in shipped_names():
         return path
     _check(ROOT / str(source))
     return ROOT / str(source)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
+from textok_fast.data.token_cache import drawn_rows
 from textok_fast.errors import InputError
 from textok_fast.modeling.encoding import fingerprint
 from textok_fast.modeling.layers import drop_captions
@@ -64,7 +65,7 @@ class TokenizerTask:
 
     def preview(self, rng: StepRandom) -> Image.Image:
         """Eight training pictures above their reconstructions."""
-        batch = collate([self.dataset[index] for index in range(min(8, len(self.dataset)))])
+        batch = collate([self.dataset[index] for index in drawn_rows(len(self.dataset), 8, self.config.data.seed)])
         with torch.no_grad():
             pixels = from_uint8(batch["images"].to(rng.device))
             output = self.model(pixels, self.text(batch["captions"], rng.device)).reconstruction
@@ -77,12 +78,15 @@ class TokenizerTask:
 
 @torch.no_grad()
 def measure_latent_statistics(task: TokenizerTask) -> None:
-    """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included."""
-    pictures, batch_size = min(STATISTICS_PICTURES, len(task.dataset)), STATISTICS_BATCH
+    """Stores the mean and standard deviation of each latent channel over pictures of the training set, captions included.
+
+    The pictures are drawn by ``data.seed``: the first ones of a sorted folder may all be of one class.
+    """
+    rows = drawn_rows(len(task.dataset), STATISTICS_PICTURES, task.config.data.seed)
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     task.model.eval()
-    for first in range(0, pictures, batch_size):
-        batch = collate([task.dataset[i] for i in range(first, min(first + batch_size, pictures))])
+    for first in range(0, len(rows), STATISTICS_BATCH):
+        batch = collate([task.dataset[row] for row in rows[first : first + STATISTICS_BATCH]])
         pixels = from_uint8(batch["images"].to(task.model.device))
         output = task.model.bottleneck(task.model.encoder(pixels, task.text(batch["captions"], task.model.device)))
         latents = (output.latents if output.mean is None else output.mean).double().cpu().flatten(0, 1)  # (B N, d)
