@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textok_fast.diffusion import sampler_program
 from textok_fast.errors import InputError
 from textok_fast.export import onnx as onnx_files
 from textok_fast.export import parity, quantize, tensorrt
@@ -34,6 +35,7 @@ from textok_fast.export.runtime import TEXT_FOLDER, assemble, load
 from textok_fast.export.server import FILES, ServerOptions, write_repository
 from textok_fast.files import save_tensors, write_text
 from textok_fast.inference.packages import BOTTLENECK, load_package, save_package
+from textok_fast.inference.packages import PRECISIONS as PACKAGED
 from textok_fast.inference.pipelines import GenerationPipeline, build_pipeline
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.text_encoders import TextEncoder, TextFeatures
@@ -403,6 +405,8 @@ def export_aoti(
     parity.require_tolerance(tolerance)
     if what == "text":
         raise InputError("a package holds no text encoder: export it to onnx")
+    if precision not in PACKAGED:
+        raise InputError(f"a package holds {' or '.join(PACKAGED)}, got {precision!r}: export that to onnx")
     say = progress or (lambda _: None)
     models: dict[str, Any] = {"generator": source.generator, "tokenizer": source.tokenizer}
     wanted = {"generator": ["generator"], "all": list(models)}.get(what, ["tokenizer"])
@@ -577,6 +581,8 @@ def export_server(
 ) -> Exported:
     """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`); with
     ``ServerOptions(backend="tensorrt")`` the engines of :func:`export_engines`, as large as ``max_batch`` asks."""
+    if server is not None and server.sampler and source.process is not None:  # before minutes of tracing
+        sampler_program(source.process, server.sampler, 2.0, steps=server.steps[0])
     with replaced(Path(out)) as work:
         given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}
         given["opset"] = opset

@@ -135,14 +135,18 @@ def _expand_masks(model: ir.Model) -> None:
         queries, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None or mask.shape is None or mask.shape[-2] != 1:
             continue
-        if queries is None or queries.shape is None or not isinstance(queries.shape[2], int):
-            raise InputError("attention under a mask is exported for a fixed number of queries only")
-        name = f"attention_sizes_{number}"
-        sizes = ir.Tensor(np.array([1, 1, queries.shape[2], 1], np.int64), name=name)
-        value = ir.Value(name=name, const_value=sizes, shape=ir.Shape([4]), type=ir.TensorType(sizes.dtype))
-        graph.register_initializer(value)
-        wide = ir.Node("", "Expand", [mask, value], outputs=[ir.Value(name=f"attention_mask_{number}", type=mask.type)])
-        graph.insert_before(node, [wide])
+        ones = ir.Tensor(np.ones(1, np.int64), name=f"attention_one_{number}")
+        one = ir.Value(name=ones.name, const_value=ones, shape=ir.Shape([1]), type=ir.TensorType(ones.dtype))
+        graph.register_initializer(one)
+        # In the graph: captions are rows of a tokenizer's own sequence, so its length is theirs.
+        span = [ir.AttrInt64("start", 2), ir.AttrInt64("end", 3)]
+        length = ir.Node("", "Shape", [queries], span, outputs=[ir.Value(name=f"attention_queries_{number}")])
+        parts = [one, one, length.outputs[0], one]
+        sizes = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", 0)], outputs=[ir.Value(name=f"attention_sizes_{number}")])
+        wide = ir.Node(
+            "", "Expand", [mask, sizes.outputs[0]], outputs=[ir.Value(name=f"attention_mask_{number}", type=mask.type)]
+        )
+        graph.insert_before(node, [length, sizes, wide])
         node.replace_input_with(3, wide.outputs[0])
 
 

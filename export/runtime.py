@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,11 @@ def load(
     if manifest.to != "onnx":
         raise InputError(f"{directory} was exported to {manifest.to}, which textok_fast.export.load does not run")
     where = place(device, provider)
+    if manifest.precision == "bf16" and where.type == "cpu":
+        raise InputError(
+            f"{directory} is in bf16, which ONNX Runtime's CPU provider does not have: load it on a GPU, or export in fp32 "
+            "or int8"
+        )
     program = functools.partial(OnnxProgram, device=where, provider=provider)
     return assemble(directory, manifest, where, lambda name: program(directory / manifest.files[name]["file"]), sampler)
 
@@ -317,7 +323,8 @@ def _tensorrt_options(path: Path) -> dict[str, Any]:
         import onnx
     except ImportError:
         raise InputError("the provider tensorrt reads a graph's sizes with onnx: pip install onnx") from None
-    cache = cache_dir() / "onnxruntime-tensorrt" / sha256(path)[:16]
+    files = [sha256(file) for file in tensorrt.onnx_files(path)]  # the graph, and its weights where they are external
+    cache = cache_dir() / "onnxruntime-tensorrt" / hashlib.sha256("".join(files).encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     low, usual, _ = tensorrt.PROFILE["text_length"]
     longest = tensorrt.longest_text(path.parent, path.stem)

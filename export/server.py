@@ -349,7 +349,9 @@ def _write_generate(
         inputs.append(_request_input("text_mask", "bool", [-1]))
     size = tokenizer.image_size
     # A guidance pair is two samples of the generator.
-    batch = max(1, min(served["decoder"].max_batch, served["generator"].max_batch // 2))
+    batch = min(served["decoder"].max_batch, served["generator"].max_batch // 2)
+    if batch < 1:
+        raise InputError("generate sends guidance pairs, two samples at once: give max_batch and engines of at least 2")
     config = {
         "name": "generate",
         "backend": "python",

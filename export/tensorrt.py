@@ -92,6 +92,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         for profile in self.profiles:
+            if unknown := sorted(set(profile) - set(PROFILE)):
+                raise InputError(f"a profile has the sizes {', '.join(PROFILE)}; got {', '.join(unknown)}")
             for name, size in profile.items():
                 if len(size) != 3 or not 1 <= size[0] <= size[1] <= size[2]:
                     raise InputError(

@@ -254,7 +254,7 @@ def test_what_cannot_be_exported_is_said_first(make_tokenizer: Make, tmp_path: P
             "no text of ours to export: the model is a generator",
         ),
         (source, {"to": "aoti", "what": "text"}, "holds no text encoder"),
-        (source, {"to": "aoti", "precision": "fp16"}, "precision must be one of"),
+        (source, {"to": "aoti", "precision": "fp16"}, "a package holds fp32 or bf16"),
     ):
         with pytest.raises(InputError, match=message):
             export(given, tmp_path / "out", progress=said.append, **options)
@@ -343,3 +343,15 @@ def test_a_later_opset_has_attention(tmp_path: Path) -> None:
     assert sum(node.op_type == "Attention" for node in model.graph) == 2  # of the block: its own and the caption's
     files.save(model, tmp_path / "step.onnx")
     assert_equal(graph, files.session(tmp_path / "step.onnx"), (1, 3), (1, 7))
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_later_opset_has_attention_over_pictures_and_captions(
+    make_tokenizer: Callable[..., TexTok], tmp_path: Path, side: str
+) -> None:
+    """The captions are rows of the sequence, so that the number of queries is free."""
+    (graph,) = [graph for graph in tokenizer_graphs(make_tokenizer(text="both")) if graph.name == side]
+    model = files.trace(graph, {}, 23)
+    assert any(node.op_type == "Attention" for node in model.graph)
+    files.save(model, tmp_path / "graph.onnx")
+    assert_equal(graph, files.session(tmp_path / "graph.onnx"), (1, 3), (1, 7))
