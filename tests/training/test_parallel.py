@@ -153,7 +153,8 @@ def test_of_a_killed_process_the_others_end_and_another_number_goes_on(
     first, killed = start([{"kind": "tokenizer", "config": config, "die_at": 4}], 2)
     killed.wait(timeout=600)
     (errors,) = finish([first], 60)  # without a launcher that would end it
-    assert (killed.returncode, first.returncode) == (-signal.SIGKILL, 1)
+    # Having said it, the other ends; gloo's threads, whose peer is gone, may abort while it does.
+    assert killed.returncode == -signal.SIGKILL and first.returncode in (1, -signal.SIGABRT), errors
     assert "another process of this run has ended" in errors and "--resume" in errors and "Traceback" not in errors
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-000002", "checkpoint-000004"]
     training_process.train("tokenizer", settings(tmp_path / "run"), resume=True)  # one process
