@@ -28,7 +28,6 @@ from textok_fast.modeling.tokenizer import TexTok
 
 MANIFEST, FORMAT = "export.json", 1
 PARITY_FILES = ("parity.json", "parity.md")
-TEXT_KEYS = {"name", "dim", "identity", "max_positions", "special"}
 WHAT = ("encoder", "decoder", "generator", "text", "all")
 
 
@@ -132,9 +131,6 @@ class Manifest:
         for name in ("tokenizer", "generator", "pipeline", "text"):
             if not isinstance(getattr(self, name), dict | None):
                 return f"{name} is no object"
-        for about, keys in ((self.text, TEXT_KEYS), (self.pipeline, {"objective"})):
-            if about is not None and (missing := sorted(keys - set(about))):
-                return f"{'text' if about is self.text else 'pipeline'} has no {missing[0]}"
         files: Any = self.files
         if not isinstance(files, dict):
             return "files is no object"

@@ -21,7 +21,7 @@ from textok_fast.config import DiTConfig, TexTokConfig, from_mapping, to_dict
 from textok_fast.diffusion import SamplerProgram
 from textok_fast.errors import InputError
 from textok_fast.export import tensorrt
-from textok_fast.export.directory import Manifest, sha256
+from textok_fast.export.directory import MANIFEST, Manifest, sha256
 from textok_fast.inference.generator import GeneratorEngine, _Conditions, _Loop, _Variant
 from textok_fast.inference.packages import BOTTLENECK, PackagedGenerator, _both, load_package
 from textok_fast.inference.pipelines import AnyPipeline, GenerationPipeline, build_pipeline
@@ -324,7 +324,8 @@ def _tensorrt_options(path: Path) -> dict[str, Any]:
     except ImportError:
         raise InputError("the provider tensorrt reads a graph's sizes with onnx: pip install onnx") from None
     files = [sha256(file) for file in tensorrt.onnx_files(path)]  # the graph, and its weights where they are external
-    cache = cache_dir() / "onnxruntime-tensorrt" / hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+    digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
+    cache = cache_dir() / "onnxruntime-tensorrt" / digest[:16]
     cache.mkdir(parents=True, exist_ok=True)
     low, usual, _ = tensorrt.PROFILE["text_length"]
     longest = tensorrt.longest_text(path.parent, path.stem)
@@ -544,6 +545,8 @@ class ExportedTextEncoder(TextEncoder):
         split: str,
         window: bool,
     ) -> None:
+        if missing := sorted({"name", "dim", "identity", "max_positions", "special"} - set(about)):
+            raise InputError(f"{folder.parent / MANIFEST} is damaged: text has no {missing[0]}; copy it or export again")
         source = _Source(about["name"], str(folder), str(folder), None, f"exported {about['identity']}", about["dim"])
         self._use(source, max_tokens, split, False, device, torch.float32, window)
         self.program = program

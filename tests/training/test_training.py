@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from textok_fast import InputError, TexTok
 from textok_fast.config import DiTConfig, GeneratorTrainConfig, LossConfig, OptimConfig, TokenizerTrainConfig, to_dict
 from textok_fast.data import load_dataset
-from textok_fast.data.token_cache import TokenDataset, write_token_shards
+from textok_fast.data.token_cache import TokenDataset, drawn_rows, write_token_shards
 from textok_fast.diffusion import GaussianDiffusion
 from textok_fast.inference import ClassToImagePipeline, TextToImagePipeline, load_pipeline
 from textok_fast.inference.pipelines import SamplingOptions
@@ -95,8 +95,11 @@ def test_every_bottleneck_trains_accumulates_and_measures_its_statistics(
     terms = {"kl": {"kl"}, "vq": {"codebook", "commitment"}, "fsq": set()}[bottleneck]
     assert set(result.history[-1]) == {"step", "loss", "l2", "lr", "images_per_s", *terms}
     tokenizer = TexTok.from_pretrained(result.final)
-    dataset = load_dataset(train_config(tmp_path).data, "train")
-    images = torch.from_numpy(np.stack([dataset[i].image for i in range(1024)]))
+    data = train_config(tmp_path).data
+    dataset = load_dataset(data, "train")
+    rows = drawn_rows(len(dataset), 1024, data.seed)
+    assert rows[-1] > 1024  # of all pictures, not the first ones: those of a sorted folder may be of one class
+    images = torch.from_numpy(np.stack([dataset[row].image for row in rows]))
     tokens = tokenizer.encode(images).mode().flatten(0, 1)
     moving = torch.tensor(tokenizer.config.latent_std) != 1
     torch.testing.assert_close(tokens.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
