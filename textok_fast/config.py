@@ -504,7 +504,7 @@ class LowResolutionConfig:
     scale: int = 0  # 4: a picture of a quarter of the sides; 0: no super-resolution
     patch_size: int = 4  # pixels of the small picture a token
     strength: float = 1.0  # of the degradations, see data.degradation; 0 is bicubic resampling alone
-    seed: int = 0  # of the degradations; a picture's depend on this and its index
+    seed: int = 0  # of the degradations; a picture's depend on this, the epoch and its index
 
     def __post_init__(self) -> None:
         for name in ("scale", "seed"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from textok_fast import InputError, TexTok
 from textok_fast.config import (
@@ -28,13 +29,14 @@ from textok_fast.data import collate, load_dataset
 from textok_fast.data.base import Draw
 from textok_fast.data.degradation import degrade
 from textok_fast.data.token_cache import TokenDataset, drawn_rows
-from textok_fast.data.token_pictures import TokensAndPictures, small_picture
+from textok_fast.data.token_pictures import TokensAndPictures, collate_tokens_and_pictures, small_picture
 from textok_fast.inference import Plan, SuperResolutionPipeline, TextToImagePipeline, load_pipeline
 from textok_fast.inference.folders import sample_to_folder
 from textok_fast.inference.pipelines import SamplingOptions
 from textok_fast.modeling.dit import DiT
 from textok_fast.training import train_generator
 from textok_fast.training.generator import GeneratorTask
+from textok_fast.training.loop import StepBatches
 
 DATA = DataConfig(source="shapes", image_size=16, objects=8, held_out_objects=4, scene_objects=2)
 LOW = LowResolutionConfig(scale=4, patch_size=2, strength=0.3)  # 4 x 4 pixels: four tokens of twelve numbers
@@ -176,7 +178,7 @@ def test_pictures_that_do_not_fit_are_refused(trained: dict[str, Any], held_out:
     with pytest.raises(InputError, match="the generator reads 4 of 12"):
         SuperResolutionPipeline(pipeline.generator, pipeline.tokenizer, "flow", size=8, patch_size=2)
     about = json.loads((final / "pipeline.json").read_text())
-    assert about["low_resolution"] == {"size": 4, "patch_size": 2}
+    assert about["low_resolution"] == {"size": 4, "patch_size": 2, "strength": 0.3}
     broken = pipeline.save_pretrained(tmp_path / "broken")
     for sizes in ({}, {"low_resolution": {"size": 4}}, {"low_resolution": {"size": "a", "patch_size": 2}}):
         (broken / "pipeline.json").write_text(json.dumps({**{k: about[k] for k in about if k != "low_resolution"}, **sizes}))
@@ -221,11 +223,39 @@ def test_tokens_and_pictures_belong_together(trained: dict[str, Any]) -> None:
     item = both[7]
     assert np.array_equal(item["image"].numpy(), dataset[rows[7]].image)
     assert np.array_equal(item["small"].numpy(), degrade(item["image"].numpy(), 4, seed=0, index=7, strength=0.3))
-    assert all(torch.equal(both[Draw(7, 1, 5)][name], item[name]) for name in ("image", "small"))  # whatever the epoch
+    later = both[Draw(7, 1, 5)]
+    assert torch.equal(later["image"], item["image"])  # the picture that was encoded, whatever the epoch
+    assert np.array_equal(later["small"], degrade(item["image"].numpy(), 4, seed=0, epoch=5, index=7, strength=0.3))
     with pytest.raises(InputError, match="the data have changed"):
         TokensAndPictures(tokens, dataset, [row + 1 for row in rows], LOW)[7]
     with pytest.raises(InputError, match="256 pictures, and 3 pictures"):
         TokensAndPictures(tokens, dataset, rows[:3], LOW)
+
+
+def test_every_epoch_sees_other_small_pictures_and_a_resumed_run_the_same(trained: dict[str, Any]) -> None:
+    """Whatever the number of the loader's workers, and of the processes that a step's pictures are shared among."""
+    tokens, dataset = TokenDataset(trained["looks"][1].run / "tokens"), load_dataset(DATA, "train")
+    both = TokensAndPictures(tokens, dataset, drawn_rows(len(dataset), 256, DATA.seed), LOW)
+    steps, per_epoch = 8, 4  # of 64 pictures: two epochs of 256
+
+    def seen(start: int = 0, workers: int = 0, rank: int = 0, world: int = 1) -> list[dict[str, torch.Tensor]]:
+        """Of each step the small pictures by key."""
+        batches = StepBatches(len(both), 64 // world, 3, start, steps, rank, world)
+        loader = DataLoader(both, batch_sampler=batches, collate_fn=collate_tokens_and_pictures, num_workers=workers)
+        return [dict(zip(batch["keys"], batch["small"], strict=True)) for batch in loader]
+
+    def same(ones: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> bool:
+        pairs = zip(ones, others, strict=True)
+        return all(one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one) for one, other in pairs)
+
+    whole = seen()
+    assert same(seen(start=5), whole[5:])
+    assert same(seen(workers=2), whole)
+    halves = zip(seen(rank=0, world=2), seen(rank=1, world=2), strict=True)
+    assert same([first | second for first, second in halves], whole)
+    epochs = [{key: small for step in part for key, small in step.items()} for part in (whole[:per_epoch], whole[per_epoch:])]
+    assert epochs[0].keys() == epochs[1].keys() and len(epochs[0]) == 256
+    assert sum(torch.equal(small, epochs[1][key]) for key, small in epochs[0].items()) < 8
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Small, worn pictures out of good ones, as super-resolution trains on them: BSRGAN's degradations (Zhang et al. 2021,
-"Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", arXiv 2103.14006), their ranges from its
-published code.
+"""Small, worn pictures out of good ones, as super-resolution trains on them: ``degradation_bsrgan`` of BSRGAN (Zhang et al.
+2021, "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", arXiv 2103.14006; utils_blindsr.py of
+its code).
 
-Blur (twice), resampling, the step to the final size, noise and JPEG come in a random order, in which resampling is before the
-final size; JPEG at the final size ends it. Of the original there is all but the camera's sensor noise, which needs a learned
-ISP.
+At scale 4 a quarter of the pictures are first halved and go on at scale 2 ("downsample1"). Then blur (twice), resampling
+("downsample2"), the step to the final size ("downsample3"), noise and JPEG come in a random order, in which resampling is
+before the final size; JPEG at the final size ends it. Of the original there is all but the camera's sensor noise, which needs a
+learned ISP, and the crop. None of it moves the picture: pixel i of the small one lies at the middle of its ``scale`` pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -22,14 +24,17 @@ from textok_fast.errors import InputError
 
 JPEG_QUALITY = (30, 95)
 NOISE_LEVEL = (2, 25)  # of 255
+HALVED_FIRST = 0.25  # of the pictures that get 4 times smaller
 RESAMPLING = ("bilinear", "bicubic", "area")
 
 
-def degrade(image: np.ndarray, scale: int, *, seed: int = 0, index: int = 0, strength: float = 1.0) -> np.ndarray:
+def degrade(
+    image: np.ndarray, scale: int, *, seed: int = 0, epoch: int = 0, index: int = 0, strength: float = 1.0
+) -> np.ndarray:
     """``image`` (S, S, 3) uint8, worn and ``scale`` times smaller: (S / scale, S / scale, 3) uint8.
 
-    What happens to it is drawn from (``seed``, ``index``) alone. ``strength`` in [0, 1] takes the widths of blurs, the noise
-    and the losses of JPEG down in proportion; 0 is bicubic resampling alone.
+    What happens to it is drawn from (``seed``, ``epoch``, ``index``) alone. ``strength`` in [0, 1] takes the widths of blurs,
+    the factors of resampling, the noise and the losses of JPEG down in proportion; 0 is bicubic resampling alone.
 
     Raises: InputError for another form of picture, a side that ``scale`` does not divide, or another strength.
     """
@@ -43,7 +48,7 @@ def degrade(image: np.ndarray, scale: int, *, seed: int = 0, index: int = 0, str
     size = (height // scale, width // scale)
     if strength == 0:
         return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return _Wear(scale, size, strength, np.random.default_rng([seed, index]))(image)
+    return _Wear(scale, size, strength, np.random.default_rng([seed, epoch, index]))(image)
 
 
 class _Wear:
@@ -54,6 +59,8 @@ class _Wear:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1).unsqueeze(0)
+        if self.scale == 4 and self.rng.random() < HALVED_FIRST:
+            x, self.scale = self.halve(x), 2
         steps = [self.blur, self.blur, self.resample, self.finish, self.noise, self.maybe_jpeg]
         order = self.rng.permutation(len(steps)).tolist()
         first, last = order.index(2), order.index(3)
@@ -62,6 +69,12 @@ class _Wear:
         for step in order:
             x = steps[step](x)
         return _as_uint8(self.jpeg(x))
+
+    def halve(self, x: Tensor) -> Tensor:
+        """By any resampling, or by MATLAB's bicubic one."""
+        if self.rng.random() < 0.5:
+            return resized(x, (x.shape[2] // 2, x.shape[3] // 2), self.resampling())
+        return halved(x)
 
     def blur(self, x: Tensor) -> Tensor:
         """By a Gaussian, round or not, of a random size of kernel."""
@@ -74,17 +87,18 @@ class _Wear:
 
     def resample(self, x: Tensor) -> Tensor:
         """To a size between this one and half the final one; a quarter of the time by a Gaussian and every n-th pixel."""
-        small = [max(1, side // 2) for side in self.size]
         if self.rng.random() < 0.75:
             factor = 1 + self.strength * (self.rng.uniform(1, 2 * self.scale) - 1)
-            return resized(x, self._sides(x, factor, small), str(self.rng.choice(RESAMPLING)))
+            return resized(x, self._sides(x, factor), self.resampling())
         sigma = self.strength * self.rng.uniform(0.1, 0.6 * self.scale)
-        return resized(
-            filtered(x, gaussian_kernel(25, np.full(2, sigma**2), 0.0)), self._sides(x, self.scale, small), "nearest"
-        )
+        kernel = gaussian_kernel(25, np.full(2, sigma**2), 0.0)
+        return filtered(x, shifted(kernel, self.scale))[:, :, :: self.scale, :: self.scale].clamp(0, 1)
 
     def finish(self, x: Tensor) -> Tensor:
-        return resized(x, self.size, str(self.rng.choice(RESAMPLING)))
+        return resized(x, self.size, self.resampling())
+
+    def resampling(self) -> str:
+        return str(self.rng.choice(RESAMPLING))
 
     def noise(self, x: Tensor) -> Tensor:
         """Gaussian: of each colour for itself, of all alike, or correlated."""
@@ -95,9 +109,11 @@ class _Wear:
         elif kind < 0.4:
             noise = level * self.rng.standard_normal((*shape[:2], 1)).repeat(3, axis=2)
         else:
-            axes, _ = np.linalg.qr(self.rng.random((3, 3)))  # covariance: axes.T diag(d) axes
+            axes = np.linalg.svd(self.rng.random((3, 3)))[0]
+            covariance = np.abs(axes.T @ np.diag(self.rng.random(3)) @ axes)  # of colours
             top = self.strength * NOISE_LEVEL[1] / 255
-            noise = top * (self.rng.standard_normal(shape) * np.sqrt(self.rng.random(3))) @ axes
+            # By the root that is unique: another LAPACK's noise is the same.
+            noise = top * self.rng.standard_normal(shape) @ np.linalg.cholesky(covariance + 1e-9 * np.eye(3)).T
         return (x + torch.from_numpy(noise.astype(np.float32)).permute(2, 0, 1)).clamp(0, 1)
 
     def maybe_jpeg(self, x: Tensor) -> Tensor:
@@ -110,9 +126,9 @@ class _Wear:
         read = np.asarray(Image.open(buffer).convert("RGB"), dtype=np.float32) / 255
         return torch.from_numpy(read).permute(2, 0, 1).unsqueeze(0)
 
-    def _sides(self, x: Tensor, factor: float, least: list[int]) -> tuple[int, int]:
-        sides = [min(side, max(low, int(side / factor))) for side, low in zip(x.shape[2:], least, strict=True)]
-        return sides[0], sides[1]
+    def _sides(self, x: Tensor, factor: float) -> tuple[int, int]:
+        height, width = (max(1, int(side / factor)) for side in x.shape[2:])
+        return height, width
 
 
 def gaussian_kernel(size: int, variances: np.ndarray, angle: float) -> Tensor:
@@ -129,17 +145,68 @@ def gaussian_kernel(size: int, variances: np.ndarray, angle: float) -> Tensor:
     return torch.from_numpy((density / density.sum()).astype(np.float32))
 
 
+def shifted(kernel: Tensor, scale: int) -> Tensor:
+    """``kernel`` (k, k) moved up and left by (scale - 1) / 2 pixels, between pixels linearly; sums to 1.
+
+    With it :func:`filtered` has at pixel ``scale`` * i what lies in the middle of the pixels from there to ``scale`` * (i + 1).
+    """
+    place = np.arange(len(kernel))
+    there = np.minimum(place + (scale - 1) / 2, place[-1])
+    moved = kernel.numpy().astype(np.float64)
+    for axis in (0, 1):
+        moved = np.apply_along_axis(lambda line: np.interp(there, place, line), axis, moved)
+    return torch.from_numpy((moved / moved.sum()).astype(np.float32))
+
+
 def filtered(x: Tensor, kernel: Tensor) -> Tensor:
-    """x (1, C, h, w) by an odd ``kernel`` (k, k); borders repeat."""
-    padded = F.pad(x, [len(kernel) // 2] * 4, mode="replicate")
-    return F.conv2d(padded.transpose(0, 1), kernel[None, None]).transpose(0, 1)
+    """x (1, C, h, w) convolved with an odd ``kernel`` (k, k); beyond the border the picture is mirrored at the last pixel."""
+    rows, columns = (_mirrored(side, len(kernel) // 2) for side in x.shape[2:])
+    padded = x[:, :, rows][..., columns]
+    return F.conv2d(padded.transpose(0, 1), kernel.flip(0, 1)[None, None]).transpose(0, 1)
+
+
+def _mirrored(side: int, margin: int) -> Tensor:
+    """The pixels of a side with ``margin`` more at both ends, however few there are: of 3 and 2: 2 1 0 1 2 1 0."""
+    there = torch.arange(-margin, side + margin)
+    period = max(1, 2 * (side - 1))
+    there = there % period
+    return torch.minimum(there, period - there) if side > 1 else torch.zeros_like(there)
 
 
 def resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """x (1, C, h, w) to ``size``, without a filter against aliasing but for "area", as cameras' and web sites' software
-    does."""
-    smooth = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
-    return F.interpolate(x, size=size, mode=mode, **smooth).clamp(0, 1)
+    """x (1, C, h, w) to ``size``, as OpenCV does: without a filter against aliasing but for "area", which averages what a pixel
+    covers."""
+    if mode == "area":
+        rows, columns = (_covering(old, new) for old, new in zip(x.shape[2:], size, strict=True))
+        return (rows @ x @ columns.T).clamp(0, 1)
+    return F.interpolate(x, size=size, mode=mode, align_corners=False).clamp(0, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _covering(old: int, new: int) -> Tensor:
+    """(new, old): the share of pixel i of ``new`` ones that lies on pixel j of ``old`` ones."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    left, right = edges[:-1, None], edges[1:, None]
+    pixel = torch.arange(old, dtype=torch.float64)
+    overlap = (torch.minimum(right, pixel + 1) - torch.maximum(left, pixel)).clamp(min=0)
+    return (overlap * new / old).float()
+
+
+def halved(x: Tensor) -> Tensor:
+    """x (1, C, h, w) with half its sides, by MATLAB's ``imresize``: bicubic over twice as many pixels; beyond the border the
+    picture is mirrored with its last pixel."""
+    margin = 4  # pixels that the widened cubic reaches beyond the border, and so 2 of the result
+    rows, columns = (_mirrored_whole(side, margin) for side in x.shape[2:])
+    padded = x[:, :, rows][..., columns]
+    size = (padded.shape[2] // 2, padded.shape[3] // 2)
+    made = F.interpolate(padded, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return made[:, :, margin // 2 : -margin // 2, margin // 2 : -margin // 2].clamp(0, 1)
+
+
+def _mirrored_whole(side: int, margin: int) -> Tensor:
+    """As :func:`_mirrored`, the last pixel being there twice: of 3 and 2: 1 0 0 1 2 2 1."""
+    there = torch.arange(-margin, side + margin) % (2 * side)
+    return torch.minimum(there, 2 * side - 1 - there)
 
 
 def _as_uint8(x: Tensor) -> np.ndarray:

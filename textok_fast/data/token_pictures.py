@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from textok_fast.config import LowResolutionConfig
-from textok_fast.data.base import CaptionedImages
+from textok_fast.data.base import CaptionedImages, Draw
 from textok_fast.data.degradation import degrade
 from textok_fast.data.token_cache import TokenDataset, collate_tokens
 from textok_fast.errors import InputError
@@ -17,8 +18,9 @@ from textok_fast.errors import InputError
 
 class TokensAndPictures(Dataset[dict[str, Any]]):
     """Items of a :class:`TokenDataset` with ``image`` (S, S, 3) uint8, its picture, and with ``low_resolution`` also
-    ``small``, that picture worn and made small (:func:`~textok_fast.data.degradation.degrade`) by the config's seed and the
-    item's index. ``rows``: which pictures of ``dataset`` the tokens are of, one each.
+    ``small``, that picture worn and made small (:func:`~textok_fast.data.degradation.degrade`): anew in every epoch of a
+    :class:`~textok_fast.data.base.Draw`, by the config's seed, the epoch and the item's index, so that a resumed run, and one
+    on other processes, sees the same. ``rows``: which pictures of ``dataset`` the tokens are of, one each.
 
     The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill
     a machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
@@ -48,13 +50,14 @@ class TokensAndPictures(Dataset[dict[str, Any]]):
             )
         item["image"] = torch.from_numpy(example.image.copy())  # (S, S, 3)
         if self.low_resolution is not None:
-            item["small"] = small_picture(example.image, self.low_resolution, int(index))
+            epoch = index.epoch if isinstance(index, Draw) else 0
+            item["small"] = small_picture(example.image, self.low_resolution, int(index), epoch)
         return item
 
 
-def small_picture(image: Any, config: LowResolutionConfig, index: int) -> torch.Tensor:
+def small_picture(image: np.ndarray, config: LowResolutionConfig, index: int, epoch: int = 0) -> torch.Tensor:
     """``image`` (S, S, 3) uint8 as a super-resolution model is given it: (s, s, 3) uint8."""
-    small = degrade(image, config.scale, seed=config.seed, index=index, strength=config.strength)
+    small = degrade(image, config.scale, seed=config.seed, epoch=epoch, index=index, strength=config.strength)
     return torch.from_numpy(small.copy())
 
 

@@ -345,7 +345,9 @@ class SuperResolutionPipeline(GenerationPipeline):
     """Small pictures, and captions of them, to large ones. Guidance is by the caption: the picture is in both halves of the
     pair.
 
-    ``size``: the side of the small pictures; ``patch_size``: how they are cut into the tokens that the generator reads.
+    ``size``: the side of the small pictures; ``patch_size``: how they are cut into the tokens that the generator reads;
+    ``strength``: of the degradations that it was trained on (:func:`textok_fast.data.degradation.degrade`), which
+    ``textok-fast evaluate`` repeats.
     """
 
     def __init__(
@@ -359,6 +361,7 @@ class SuperResolutionPipeline(GenerationPipeline):
         *,
         size: int,
         patch_size: int,
+        strength: float = 1.0,
     ) -> None:
         sizes = (generator.config.num_image_tokens, generator.config.image_token_dim)
         if sizes != ((size // patch_size) ** 2, 3 * patch_size**2) or size % patch_size:
@@ -369,7 +372,7 @@ class SuperResolutionPipeline(GenerationPipeline):
         if generator.config.num_classes:
             raise InputError("super-resolution is conditioned on a picture and a caption; this generator has classes")
         super().__init__(generator, tokenizer, objective, prediction, plan, schedule)
-        self.size, self.patch_size = size, patch_size
+        self.size, self.patch_size, self.strength = size, patch_size, strength
 
     def __call__(
         self,
@@ -400,7 +403,8 @@ class SuperResolutionPipeline(GenerationPipeline):
         return self._finish(None, self.text_features(chosen), chosen, seeds, options, output, run, tokens)
 
     def _about(self) -> dict[str, Any]:
-        return {**super()._about(), "low_resolution": {"size": self.size, "patch_size": self.patch_size}}
+        sizes = {"size": self.size, "patch_size": self.patch_size, "strength": self.strength}
+        return {**super()._about(), "low_resolution": sizes}
 
 
 AnyPipeline = TextToImagePipeline | ClassToImagePipeline | SuperResolutionPipeline
@@ -488,10 +492,14 @@ def build_pipeline(
     pipeline: AnyPipeline
     if generator.config.image_token_dim:
         try:
-            sizes = {name: int(about["low_resolution"][name]) for name in ("size", "patch_size")}
+            low = about["low_resolution"]
+            sizes = {name: int(low[name]) for name in ("size", "patch_size")}
+            strength = float(low.get("strength", 1.0))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source} does not say which pictures the generator reads (low_resolution): {error!r}") from None
-        pipeline = SuperResolutionPipeline(generator, tokenizer, objective, prediction, plan, schedule, **sizes)
+        pipeline = SuperResolutionPipeline(
+            generator, tokenizer, objective, prediction, plan, schedule, **sizes, strength=strength
+        )
     elif generator.config.num_classes:
         pipeline = ClassToImagePipeline(generator, tokenizer, objective, names, captions, prediction, plan, schedule)
     else:

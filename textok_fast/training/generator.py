@@ -171,7 +171,8 @@ class GeneratorTask:
         }
         if self.config.low_resolution.scale:
             low = self.config.low_resolution
-            about["low_resolution"] = {"size": low.size(self.config.data.image_size), "patch_size": low.patch_size}
+            size = low.size(self.config.data.image_size)
+            about["low_resolution"] = {"size": size, "patch_size": low.patch_size, "strength": low.strength}
         write_text(directory / "pipeline.json", json.dumps(about, indent=1, ensure_ascii=False))
 
 
