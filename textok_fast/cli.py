@@ -311,12 +311,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--reference", default="", help="pictures or an .npz reference batch, for rFID (default: the originals)"
     )
     reconstruction.add_argument("--no-captions", action="store_true", help="give the tokenizer the null caption")
-    reconstruction.add_argument("--lpips", nargs="+", default=[], metavar="FILE",
-        help="VGG16's weights for ImageNet, a file or a Hub id, and LPIPS' heads if not torchmetrics' copy")  # fmt: skip
     generation = _command(kinds, "generation", run_evaluate, "gFID, sFID, IS, precision and recall of samples",
         "textok-fast evaluate generation --samples runs/dit/final --reference VIRTUAL_imagenet256_labeled.npz "
         "--inception published --out evaluation")  # fmt: skip
-    generation.add_argument("--reference", required=True, help="an .npz reference batch, a folder of pictures or .tar shards")
+    generation.add_argument("--reference", default="",
+        help="an .npz reference batch, a folder of pictures or .tar shards (of super-resolution the originals, by default)",
+    )  # fmt: skip
+    generation.add_argument("--images", default="",
+        help="of super-resolution: captioned pictures, which are made small and worn by the seed, and compared with what it "
+        "makes of them (default: the held-out split of what it was trained on)")  # fmt: skip
+    generation.add_argument("--strength", type=float, metavar="S",
+        help="of the wear of --images, 0 to 1 (default: that of the training)")  # fmt: skip
     text = _command(kinds, "text", run_evaluate, "CLIP score of pictures and their captions",
         "textok-fast evaluate text --samples samples --clip openai/clip-vit-large-patch14 --out evaluation")  # fmt: skip
     text.add_argument("--clip", required=True, help="a CLIP of transformers: a directory or a Hub id")
@@ -369,6 +374,9 @@ def build_parser() -> argparse.ArgumentParser:
     for task in (generation, text, reference):
         task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
     for task in (reconstruction, generation):
+        task.add_argument("--lpips", nargs="+", default=[], metavar="FILE",
+            help="VGG16's weights for ImageNet, a file or a Hub id, and LPIPS' heads if not torchmetrics' copy"
+            + ("; of super-resolution" if task is generation else ""))  # fmt: skip
         task.add_argument("--features", nargs="+", default=["inception"], metavar="NETWORK",
             help="inception, pixels, random, or a vision model of transformers by directory or Hub id (default: inception)",
         )  # fmt: skip
@@ -781,10 +789,11 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
             if written is not None:
                 print(f"wrote {args.out}: statistics of {written['pictures']:,} pictures, and {written['kept']:,} of them")
             return written
+        lpips = getattr(args, "lpips", [])
+        if len(lpips) > 2:
+            raise InputError(f"--lpips takes VGG16's weights, and maybe LPIPS' heads, got {' '.join(lpips)}")
+        vgg, heads = (*lpips, "", "")[:2]
         if args.task == "reconstruction":
-            if len(args.lpips) > 2:
-                raise InputError(f"--lpips takes VGG16's weights, and maybe LPIPS' heads, got {' '.join(args.lpips)}")
-            vgg, heads = (*args.lpips, "", "")[:2]
             captions = not args.no_captions
             found = evaluate.evaluate_reconstruction(
                 args.model,
@@ -803,7 +812,24 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
             sampling = evaluate.Sampling(
                 prompts, args.seed, args.steps, args.sampler, args.guidance, interval, args.guided_channels
             )
-            if args.task == "generation":
+            if args.task == "generation" and evaluate.is_super_resolution(args.samples):
+                found = evaluate.evaluate_super_resolution(
+                    args.samples,
+                    args.out,
+                    images=args.images,
+                    reference=args.reference,
+                    strength=args.strength,
+                    lpips=(vgg, heads),
+                    sampling=sampling,
+                    options=options,
+                )
+            elif args.task == "generation":
+                if args.images or lpips or args.strength is not None:
+                    raise InputError(
+                        "--images, --strength and --lpips are of super-resolution, which is compared with originals"
+                    )
+                if not args.reference:
+                    raise InputError("give --reference, what the samples are compared with: a batch, a folder or shards")
                 found = evaluate.evaluate_generation(
                     args.samples, args.out, reference=args.reference, sampling=sampling, options=options
                 )

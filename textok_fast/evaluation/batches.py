@@ -22,6 +22,7 @@ from PIL import Image
 
 from textok_fast.config import DataConfig
 from textok_fast.data import load_dataset
+from textok_fast.data.base import CaptionedImages
 from textok_fast.data.files import IMAGE_SUFFIXES
 from textok_fast.data.webdataset import find_shards
 from textok_fast.errors import InputError
@@ -165,7 +166,24 @@ def _member(path: Path, archive: zipfile.ZipFile) -> np.ndarray:
 # -- files ------------------------------------------------------------------------------------------------------------------
 
 
-class FilePictures:
+class DatasetPictures:
+    """The captioned pictures of a data set, of ``image_size`` px."""
+
+    def __init__(self, dataset: CaptionedImages, image_size: int) -> None:
+        self._dataset = dataset
+        self.identity: dict[str, Any] = {"content": dataset.content_hash(), "image_size": image_size}
+        self.shape = (image_size, image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, first: int, last: int) -> Batch:
+        with ThreadPoolExecutor(READERS) as pool:
+            examples = list(pool.map(self._dataset.__getitem__, range(first, last)))
+        return Batch(np.stack([example.image for example in examples]), [example.caption for example in examples])
+
+
+class FilePictures(DatasetPictures):
     """The pictures of a folder or of WebDataset shards, sorted by key, with their captions ("" for none).
 
     ``image_size``: what they are cropped and resized to; None, which shards do not allow, takes the first picture's height.
@@ -182,18 +200,9 @@ class FilePictures:
             raise InputError(f"the pictures of {path} have no size of their own: give --image-size")
         size = _height(files[0]) if image_size is None else image_size
         config = DataConfig(source=source, path=str(path), image_size=size)  # type: ignore[arg-type]
-        self._dataset = load_dataset(config, "all", need_captions=False)
+        super().__init__(load_dataset(config, "all", need_captions=False), size)
         tables = sorted(file for file in Path(path).glob("captions.*")) if source == "folder" else []
-        self.identity = {"files": _stamps([*files, *tables]), "content": self._dataset.content_hash(), "image_size": size}
-        self.shape = (size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def read(self, first: int, last: int) -> Batch:
-        with ThreadPoolExecutor(READERS) as pool:
-            examples = list(pool.map(self._dataset.__getitem__, range(first, last)))
-        return Batch(np.stack([example.image for example in examples]), [example.caption for example in examples])
+        self.identity["files"] = _stamps([*files, *tables])
 
 
 class SampledPictures:

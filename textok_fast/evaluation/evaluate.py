@@ -8,6 +8,8 @@ weights, is named with the reason, and the rest is computed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import re
@@ -18,14 +20,20 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from textok_fast.config import GeneratorTrainConfig, from_mapping, read_yaml
+from textok_fast.data import load_dataset
+from textok_fast.data.degradation import degrade
 from textok_fast.data.token_cache import shard_ranges
 from textok_fast.errors import InputError
 from textok_fast.evaluation.batches import (
     SPATIAL_STATISTICS,
     STATISTICS,
     Batch,
+    DatasetPictures,
+    First,
     NpzPictures,
     Pictures,
     open_pictures,
@@ -42,11 +50,17 @@ from textok_fast.evaluation.fidelity import (
     precision_recall,
 )
 from textok_fast.evaluation.metrics import picture_metrics
-from textok_fast.evaluation.parts import Job, Parts, Processes, Progress, Stage
+from textok_fast.evaluation.parts import Job, Parts, Processes, Progress, Stage, Values
 from textok_fast.evaluation.provenance import provenance
 from textok_fast.files import write_atomically, write_text
 from textok_fast.inference.engine import Engine
-from textok_fast.inference.pipelines import PIPELINE_NAME, ClassToImagePipeline, SamplingOptions, load_pipeline
+from textok_fast.inference.pipelines import (
+    PIPELINE_NAME,
+    ClassToImagePipeline,
+    SamplingOptions,
+    SuperResolutionPipeline,
+    load_pipeline,
+)
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.encoding import fingerprint
@@ -105,12 +119,14 @@ class Options:
 
 @dataclass
 class Metric:
-    """One number, with what it is called and which way is better. ``detail``: further numbers that belong to it."""
+    """One number, with what it is called and which way is better. ``detail``: further numbers that belong to it. ``of``: which
+    of several sets of pictures it is of, where a task compares them."""
 
     value: float
     title: str
     better: str  # "lower", "higher" or ""
     detail: dict[str, float] = field(default_factory=dict)
+    of: str = ""
 
 
 @dataclass
@@ -133,10 +149,15 @@ class Evaluation:
 
     def to_markdown(self) -> str:
         """The table, what is missing, what a reader must know, and how to repeat it."""
-        lines = [f"# Evaluation: {self.task}", "", "| metric | value | better |", "|---|---|---|"]
+        columns = list(dict.fromkeys(metric.of for metric in self.metrics.values())) or [""]
+        rows: dict[tuple[str, str], dict[str, str]] = {}
         for metric in self.metrics.values():
             detail = "".join(f", {name} {_number(value)}" for name, value in metric.detail.items())
-            lines.append(f"| {metric.title} | {_number(metric.value)}{detail} | {metric.better} |")
+            rows.setdefault((metric.title, metric.better), {})[metric.of] = f"{_number(metric.value)}{detail}"
+        heads = " | ".join(column or "value" for column in columns)
+        lines = [f"# Evaluation: {self.task}", "", f"| metric | {heads} | better |", "|---" * (len(columns) + 2) + "|"]
+        for (title, better), cells in rows.items():
+            lines.append(f"| {title} | {' | '.join(cells.get(column, '') for column in columns)} | {better} |")
         if self.missing:
             lines += ["", "Not computed:", *(f"- {name}: {reason}" for name, reason in self.missing.items())]
         if self.notes:
@@ -271,18 +292,25 @@ def _reconstructor(engine: Any, pictures: Pictures, batch_size: int, with_captio
 
     def part(first: int, last: int) -> _Pair:
         originals, captions = pictures.read(first, last)
-        made, indices = [], []
-        for start in range(0, len(originals), batch_size):
-            rows = slice(start, start + batch_size)
-            texts = captions[rows] if captions is not None and with_captions else None
-            tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
-            made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
-            if tokens.indices is not None:
-                indices.append(tokens.indices.cpu())
-        known = captions or [""] * len(originals)
-        return _Pair(originals, np.concatenate(made), known, torch.cat(indices) if indices else None)
+        made, indices = _reconstruct(engine, originals, captions if with_captions else None, batch_size)
+        return _Pair(originals, made, captions or [""] * len(originals), indices)
 
     return part
+
+
+def _reconstruct(
+    engine: Any, originals: np.ndarray, captions: list[str] | None, batch_size: int
+) -> tuple[np.ndarray, Tensor | None]:
+    """What a tokenizer's engine makes of uint8 (n, S, S, 3), and its codes (n, N) of VQ and FSQ."""
+    made, indices = [], []
+    for start in range(0, len(originals), batch_size):
+        rows = slice(start, start + batch_size)
+        texts = None if captions is None else captions[rows]
+        tokens = engine.encode(torch.from_numpy(originals[rows]), texts)
+        made.append(engine.decode(tokens, texts, output="uint8").cpu().numpy())
+        if tokens.indices is not None:
+            indices.append(tokens.indices.cpu())
+    return np.concatenate(made), torch.cat(indices) if indices else None
 
 
 def _comparisons(
@@ -328,6 +356,11 @@ class PipelinePictures:
     def __init__(self, model: str, sampling: Sampling, parts: Parts, options: Options) -> None:
         plan = cast(Plan, options.plan)
         self._pipeline = load_pipeline(model, plan.device, plan)
+        if isinstance(self._pipeline, SuperResolutionPipeline):
+            raise InputError(
+                f"{model} makes small pictures large: `textok-fast evaluate generation --images` compares these with their "
+                "originals; of what `textok-fast sample --images` wrote, --samples takes the folder"
+            )
         self._parts, self._batch, self._seed = parts, options.batch_size, sampling.seed
         self._count = options.count or PUBLISHED_COUNT
         by_class = isinstance(self._pipeline, ClassToImagePipeline)
@@ -423,6 +456,15 @@ def evaluate_generation(
     return _finish("generation", out, metrics, missing, settings, notes, options, shown.pictures, shown.captions, 4, written)
 
 
+def is_super_resolution(samples: str) -> bool:
+    """Whether these are a pipeline that reads small pictures: :func:`evaluate_super_resolution` is for it."""
+    try:
+        about = json.loads((find_model(samples) / PIPELINE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and "low_resolution" in about
+
+
 def evaluate_text(
     samples: str, out: Path, *, clip: str, sampling: Sampling | None = None, options: Options | None = None
 ) -> Evaluation | None:
@@ -498,6 +540,252 @@ def write_reference(images: str, out: Path, options: Options | None = None) -> d
     kept = _spread(count)
     write_npz(out, (len(kept), *pictures.shape), (pictures.read(row, row + 1).pictures for row in kept), statistics)
     return {"out": str(out), "pictures": count, "kept": len(kept), "features": network.title, **provenance(options.command)}
+
+
+# -- super-resolution -------------------------------------------------------------------------------------------------------
+
+
+class _Enlarged:
+    """A part of the pictures, made small, and what each way makes of these: what ``parts`` has is not made again."""
+
+    def __init__(self, first: int, originals: np.ndarray, small: np.ndarray, captions: list[str], parts: Parts) -> None:
+        self.first, self.originals, self.small, self.captions = first, originals, small, captions
+        self._parts = parts
+        self._made: dict[str, np.ndarray] = {}
+
+    def made(self, way: _Way) -> np.ndarray:
+        """uint8 (n, S, S, 3)."""
+        if way.name not in self._made:
+            found = self._parts.load(way.stage, self.first // self._parts.size)
+            self._made[way.name] = way.make(self) if found is None else found["pictures"][: len(self.originals)].numpy()
+        return self._made[way.name]
+
+
+class _Way(NamedTuple):
+    """One way from small pictures to large ones."""
+
+    name: str  # in the names of its stages and metrics
+    title: str  # of its column
+    identity: dict[str, Any]
+    make: Callable[[_Enlarged], np.ndarray]  # -> uint8 (n, S, S, 3)
+
+    @property
+    def stage(self) -> str:
+        """What keeps its pictures."""
+        return f"samples-{self.name}"
+
+
+def evaluate_super_resolution(
+    model: str,
+    out: Path,
+    *,
+    images: str = "",
+    reference: str = "",
+    strength: float | None = None,
+    lpips: tuple[str, str] = ("", ""),
+    sampling: Sampling | None = None,
+    options: Options | None = None,
+) -> Evaluation | None:
+    """PSNR, SSIM, LPIPS and Fréchet distances of what a super-resolution pipeline makes of worn, small pictures, against the
+    originals: without captions, with them, guided by them, and beside these bicubic upscaling and what the pipeline's tokenizer
+    makes of the originals, which is the most that can be reached.
+
+    Args:
+        model: the pipeline's directory.
+        images: captioned pictures as :func:`evaluate_reconstruction` takes them. "": the split that its training did not see,
+            of the data in config.yaml beside the directory.
+        reference: for the Fréchet distance, as there.
+        strength: of the degradations; None: what the pipeline was trained on. Picture i is worn by (``sampling.seed``, i).
+        lpips: as there.
+        sampling: picture i is made from seed + i; guidance 1 guides nothing. Prompts are the pictures' captions.
+
+    Returns None in processes other than the main one. InputError as for :func:`evaluate_reconstruction`.
+    """
+    options, sampling = options or Options(), sampling or Sampling()
+    plan = cast(Plan, options.plan)
+    pipeline = load_pipeline(model, plan.device, plan)
+    if not isinstance(pipeline, SuperResolutionPipeline):
+        raise InputError(f"{model} reads no small pictures: there is nothing to compare its samples with, picture by picture")
+    if sampling.prompts:
+        raise InputError("super-resolution is told the pictures' own captions: it takes no prompts")
+    size = pipeline.tokenizer.config.image_size
+    pictures, source = _high_resolution(model, images, size, options.count)
+    if pictures.shape != (size, size, 3):
+        raise InputError(f"{source} has pictures {pictures.shape}, {model} makes {(size, size, 3)}")
+    networks, missing = load_networks(options.features, options.inception, options.inception_sha256, plan.device)
+    given = _open_reference(reference, size)
+    strength = pipeline.strength if strength is None else strength
+    wear: dict[str, Any] = {"scale": size // pipeline.size, "strength": strength, "seed": sampling.seed}
+    wear_of = {"pictures": pictures.identity, "degradation": wear}
+    ways = _ways(pipeline, sampling, options, wear_of, missing, pictures.read(0, 1).captions is not None)
+    parts = Parts(out / "parts", options.part_size, Processes.join())
+
+    def part(first: int, last: int) -> _Enlarged:
+        originals, captions = pictures.read(first, last)
+        small = [degrade(picture, index=first + i, **wear) for i, picture in enumerate(originals)]
+        return _Enlarged(first, originals, np.stack(small), captions or [""] * len(originals), parts)
+
+    compared = _comparisons(size, lpips, options.device, {}, missing)
+    stages: list[Stage[_Enlarged]] = []
+    for way in ways:
+        stages.append(Stage(way.stage, way.identity, lambda part, way=way: {"pictures": torch.from_numpy(part.made(way))}))  # type: ignore[misc]
+        for stage in compared:
+            compare = functools.partial(_compare, stage, way)
+            stages.append(Stage(f"{stage.name}-{way.name}", {**stage.identity, **way.identity}, compare))
+    stages.append(Stage("captions", wear_of, lambda part: {"given": torch.tensor([bool(text) for text in part.captions])}))
+    for network in networks:
+        run = _in_batches(network)
+        if given is None:
+            described = {**network.identity, "pictures": pictures.identity}
+            stages.append(Stage(_stage("originals", network), described, lambda part, run=run: run(part.originals)))  # type: ignore[misc]
+        for way in ways:
+            described = {**network.identity, **way.identity}
+            stages.append(Stage(_stage(way.name, network), described, lambda part, run=run, way=way: run(part.made(way))))  # type: ignore[misc]
+    count = len(pictures)
+    parts.run([Job(count, part, stages), *_reference_jobs(given, networks)], options.progress)
+    if not parts.processes.is_main:
+        return None
+
+    metrics: dict[str, Metric] = {}
+    compared_of: dict[str, dict[str, Tensor]] = {way.name: {} for way in ways}
+    for way, stage in itertools.product(ways, compared):
+        gathered = parts.gather(f"{stage.name}-{way.name}", count)
+        compared_of[way.name] |= {name: values.double() for name, values in gathered.items()}
+    notes = _count_notes(count)
+    for way in ways:
+        own = compared_of[way.name]
+        for name, title, better in PICTURE_METRICS:
+            if name in own:
+                metrics[f"{name}/{way.name}"] = _mean(own[name], title, better, way.title)
+        if "psnr" in own and way.name != "bicubic":
+            gain = own["psnr"] - compared_of["bicubic"]["psnr"]
+            metrics[f"psnr_gain/{way.name}"] = _mean(gain, "PSNR over bicubic's, dB", "higher", way.title)
+        for network in networks:
+            made = parts.gather(_stage(way.name, network), count)
+            if given is None:
+                against = _Reference.of(parts.gather(_stage("originals", network), count))
+            else:
+                against = _Reference.of_batch(given, network, parts, notes)
+            of_way = _distribution_metrics("g", network, made, against, missing, options.device, manifold=False, spatial=False)
+            metrics |= {f"{name}/{way.name}": dataclasses.replace(metric, of=way.title) for name, metric in of_way.items()}
+    if missing.get("inception"):
+        missing["gFID, inception score"] = missing.pop("inception")
+    lacking = count - int(parts.gather("captions", count)["given"].sum())
+    if lacking:
+        notes.append(f"{lacking:,} of the {count:,} pictures have no caption: they were made without one everywhere.")
+    settings = {
+        "samples": model,
+        "images": source,
+        "pictures": count,
+        "image_size": size,
+        **wear,
+        "reference": reference or "the originals",
+        **{name: value for name, value in dataclasses.asdict(sampling).items() if name != "prompts"},
+        **_settings(options, parts),
+    }
+    first = part(0, min(GRID_PICTURES // 2, options.part_size, count))
+    large = first.small.repeat(wear["scale"], axis=1).repeat(wear["scale"], axis=2)
+    shown = np.concatenate([large, *map(first.made, ways), first.originals])
+    titles = [way.title for way in ways]
+    notes.append(
+        f"generation.png, from above: the small pictures, {', '.join(f'*{title}*' for title in titles)}, the originals."
+    )
+    main = next(way for name in ("guided", "captioned", "uncaptioned") for way in ways if way.name == name)
+    written = _write_pictures(parts, main.stage, count, out / "samples.npz") if options.npz else []
+    return _finish("generation", out, metrics, missing, settings, notes, options, shown, None, len(first.originals), written)
+
+
+def _ways(
+    pipeline: SuperResolutionPipeline,
+    sampling: Sampling,
+    options: Options,
+    wear_of: dict[str, Any],
+    missing: dict[str, str],
+    captioned: bool,
+) -> list[_Way]:
+    """Those that make sense: with captions only where something reads them."""
+    plan, tokenizer = cast(Plan, options.plan), pipeline.tokenizer
+    made_by = {
+        **wear_of,
+        "generator": fingerprint(pipeline.generator),
+        "tokenizer": fingerprint(tokenizer),
+        "precision": plan.precision,
+        "step_cache": None if plan.step_cache is None else dataclasses.asdict(plan.step_cache),
+        "sampling": {**dataclasses.asdict(sampling), "prompts": [], "guidance": 1.0},
+    }
+
+    def enlarge(part: _Enlarged, with_captions: bool, guidance: float) -> np.ndarray:
+        chosen = SamplingOptions(
+            sampling.sampler, sampling.steps, guidance, sampling.interval, guided_channels=sampling.guided_channels
+        )
+        made = []
+        for start in range(0, len(part.small), options.batch_size):
+            rows = slice(start, start + options.batch_size)
+            texts = part.captions[rows] if with_captions else None
+            seeds = [sampling.seed + part.first + row for row in range(len(part.small))[rows]]
+            made.append(pipeline(part.small[rows], texts, seed=seeds, options=chosen).images.cpu().numpy())
+        return np.concatenate(made)
+
+    def bicubic(part: _Enlarged) -> np.ndarray:
+        size = part.originals.shape[2], part.originals.shape[1]
+        return np.stack([np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)) for small in part.small])
+
+    ways = [_Way("bicubic", "bicubic", wear_of, bicubic)]
+    ways.append(_Way("uncaptioned", "no caption", {**made_by, "captions": False}, lambda part: enlarge(part, False, 1.0)))
+    reads = bool(pipeline.generator.config.text_dim) or (isinstance(tokenizer, TexTok) and tokenizer.config.text != "none")
+    if not reads or not captioned:
+        missing["with captions"] = "the pictures have none" if reads else "neither the generator nor its tokenizer reads them"
+    else:
+        known = {**made_by, "captions": True}
+        ways.append(_Way("captioned", "caption", known, lambda part: enlarge(part, True, 1.0)))
+        if not pipeline.generator.config.text_dim:
+            missing["guided by captions"] = "the generator reads none, its tokenizer alone does"
+        elif sampling.guidance == 1:
+            missing["guided by captions"] = "give --guidance, such as 2"
+        else:
+            guided = {**known, "guidance": sampling.guidance}
+            title = f"caption, guidance {sampling.guidance:g}"
+            ways.append(_Way("guided", title, guided, lambda part: enlarge(part, True, sampling.guidance)))
+    engine: Any = Engine(cast(Any, tokenizer), plan)
+    kept = {
+        "pictures": wear_of["pictures"],
+        "tokenizer": made_by["tokenizer"],
+        "precision": plan.precision,
+        "captions": captioned,
+    }
+
+    def reconstruct(part: _Enlarged) -> np.ndarray:
+        return _reconstruct(engine, part.originals, part.captions if captioned else None, options.batch_size)[0]
+
+    return [*ways, _Way("tokenizer", "tokenizer alone, of the originals", kept, reconstruct)]
+
+
+def _compare(stage: Stage[_Pair], way: _Way, part: _Enlarged) -> Values:
+    return stage.compute(_Pair(part.originals, part.made(way), part.captions, None))
+
+
+def _mean(values: Tensor, title: str, better: str, of: str) -> Metric:
+    """Of (n,) pictures."""
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return Metric(float(values.mean()), title, better, {"standard error": error}, of)
+
+
+def _high_resolution(model: str, images: str, size: int, count: int | None) -> tuple[Pictures, str]:
+    """The pictures to make small and large again, and what they are called."""
+    if images:
+        return open_pictures(images, size, count), images
+    from textok_fast.training.generator import held_out_split
+
+    file = find_model(model).parent / "config.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"give --images, pictures of {size} px: there is no {file}, which would say what {model} was trained on"
+        )
+    config = from_mapping(GeneratorTrainConfig, read_yaml(file))
+    split = held_out_split(config)
+    found = DatasetPictures(load_dataset(config.data, split), size)
+    source = f"the {split} split of {config.data.path or config.data.source}, which training did not see"
+    return found if count is None or count == len(found) else First(found, count), source
 
 
 # -- what the tasks share ---------------------------------------------------------------------------------------------------
