@@ -32,7 +32,7 @@ from textok_fast.export.graphs import (
 from textok_fast.export.material import HELD_OUT, STEPS, Material
 from textok_fast.export.parity import OutputParity
 from textok_fast.export.runtime import TEXT_FOLDER, assemble, load
-from textok_fast.export.server import FILES, ServerOptions, write_repository
+from textok_fast.export.server import FILES, ServerOptions, require_servable, write_repository
 from textok_fast.files import save_tensors, write_text
 from textok_fast.inference.packages import BOTTLENECK, load_package, save_package
 from textok_fast.inference.packages import PRECISIONS as PACKAGED
@@ -210,9 +210,9 @@ def _about_text(encoder: TextEncoder) -> dict[str, Any]:
 
 
 def _pipeline(source: Source) -> GenerationPipeline | None:
-    """The PyTorch classes as a pipeline; None where they are none: a model alone, or a generator that takes image tokens."""
+    """The PyTorch classes as a pipeline; None where they are none, a model alone."""
     tokenizer, generator = source.tokenizer, source.generator
-    if tokenizer is None or generator is None or source.pipeline is None or generator.config.image_token_dim:
+    if tokenizer is None or generator is None or source.pipeline is None:
         return None
     return build_pipeline(generator, tokenizer, source.pipeline, "the model")
 
@@ -581,7 +581,9 @@ def export_server(
 ) -> Exported:
     """The graphs of :func:`export_onnx` as a model repository (:func:`textok_fast.export.server.write_repository`); with
     ``ServerOptions(backend="tensorrt")`` the engines of :func:`export_engines`, as large as ``max_batch`` asks."""
-    if server is not None and server.sampler and source.process is not None:  # before minutes of tracing
+    if what == "all" and source.pipeline is not None and source.generator is not None:  # before minutes of tracing
+        require_servable(source.generator.config)
+    if server is not None and server.sampler and source.process is not None:
         sampler_program(source.process, server.sampler, 2.0, steps=server.steps[0])
     with replaced(Path(out)) as work:
         given: dict[str, Any] = {"images": images, "pictures": pictures, "calibration": calibration, "tolerance": tolerance}

@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from textok_fast import ops
 from textok_fast.config import DataConfig
 from textok_fast.data import load_dataset
 from textok_fast.data.base import collate
+from textok_fast.data.degradation import degrade
 from textok_fast.diffusion import FlowMatching, sampler_program
 from textok_fast.errors import InputError
 from textok_fast.export.directory import Source
 from textok_fast.export.graphs import Graph, Inputs, TextGraph
 from textok_fast.inference.generator import sample_shape
+from textok_fast.inference.pipelines import SuperResolutionPipeline, build_pipeline
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.modeling.tokenizer import from_uint8
 from textok_fast.paths import cache_dir
@@ -37,6 +41,8 @@ class Material:
         pixels: (n, 3, S, S) in [-1, 1]; None without a tokenizer.
         text: the captions' features, (n, N_t, D_t) with mask; None where nothing reads any.
         tokens: (n, N, d) or (n, C, S, S): what the generator makes.
+        image_tokens: (n, M, D_i): of super-resolution, what its generator reads of the pictures, which are made small and worn
+            as in its training; normal numbers without a pipeline; None for a generator that reads none.
     """
 
     source: Source
@@ -46,6 +52,7 @@ class Material:
     tokens: Tensor
     labels: Tensor
     captions: list[str] = field(default_factory=list)
+    image_tokens: Tensor | None = None
 
     @classmethod
     def gather(cls, source: Source, images: str | Path | None = None, count: int = 8) -> Material:
@@ -68,7 +75,8 @@ class Material:
                 if dim
                 else None
             )
-            return cls(source, "normal numbers: there is no tokenizer beside the generator", None, text, tokens, labels)
+            about = "normal numbers: there is no tokenizer beside the generator"
+            return cls(source, about, None, text, tokens, labels, image_tokens=_image_tokens(source, count, None))
         config = tokenizer.config
         size = config.image_size
         if images is not None:
@@ -84,8 +92,8 @@ class Material:
         parts = [
             tokenizer.encode(pixels[i : i + BATCH], _part(text, slice(i, i + BATCH))).mode() for i in range(0, found, BATCH)
         ]
-        captions = list(batch["captions"])
-        return cls(source, dataset.describe(), pixels, text, torch.cat(parts), labels[:found], captions)
+        captions, seen = list(batch["captions"]), _image_tokens(source, found, batch["images"])
+        return cls(source, dataset.describe(), pixels, text, torch.cat(parts), labels[:found], captions, seen)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,6 +113,7 @@ class Material:
             tokens=self.tokens[part],
             labels=self.labels[part],
             captions=self.captions[part],
+            image_tokens=None if self.image_tokens is None else self.image_tokens[part],
         )
 
     @torch.no_grad()
@@ -128,10 +137,8 @@ class Material:
         text = _part(self.text, part)
         made: Inputs = {} if text is None else {"text": text.features, "text_mask": text.mask}
         made |= {"y": self.labels[part], "labels": self.labels[part]}
-        config = None if self.source.generator is None else self.source.generator.config
-        if config is not None and config.image_token_dim:
-            shape = (len(self.labels[part]), config.num_image_tokens, config.image_token_dim)
-            made["image_tokens"] = torch.randn(shape, generator=torch.Generator().manual_seed(part.start))
+        if self.image_tokens is not None:
+            made["image_tokens"] = self.image_tokens[part]
         return made
 
     def _noised(self, part: slice, level: float) -> Inputs:
@@ -168,3 +175,18 @@ class Material:
 
 def _part(text: TextFeatures | None, part: slice) -> TextFeatures | None:
     return None if text is None else TextFeatures(text.features[part], text.mask[part])
+
+
+def _image_tokens(source: Source, count: int, images: Tensor | None) -> Tensor | None:
+    """:attr:`Material.image_tokens` of ``images`` (n, S, S, 3) uint8."""
+    if source.generator is None or not source.generator.config.image_token_dim:
+        return None
+    config = source.generator.config
+    if images is None or source.pipeline is None or source.tokenizer is None:
+        shape = (count, config.num_image_tokens, config.image_token_dim)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    pipeline = build_pipeline(source.generator, source.tokenizer, source.pipeline, "the model")
+    assert isinstance(pipeline, SuperResolutionPipeline)
+    scale = images.shape[1] // pipeline.size
+    small = [degrade(each.numpy(), scale, index=i, strength=pipeline.strength) for i, each in enumerate(images)]
+    return ops.patchify_uint8(torch.from_numpy(np.stack(small)), pipeline.patch_size)

@@ -227,12 +227,13 @@ def whole_samples(
     config = reference.generator.config
     labels = material.labels[:SAMPLED] if config.num_classes else None
     text = None if material.text is None else TextFeatures(*(part[:SAMPLED] for part in material.text))
+    image_tokens = None if material.image_tokens is None else material.image_tokens[:SAMPLED]
     seeds = list(range(min(SAMPLED, len(material))))
     options = SamplingOptions(steps=steps, guidance_scale=2.0)
     drawn = []
     for pipe in (reference, loaded):
         engines: Any = (pipe.generator, pipe.tokenizer) if pipe._engines is None else pipe._engines
-        tokens = pipe.generate_tokens(labels, text if config.text_dim else None, seeds, options)
+        tokens = pipe.generate_tokens(labels, text if config.text_dim else None, seeds, options, image_tokens)
         pictures = engines[1].decode(tokens, text if engines[1].config.text_in_decoder else None)
         drawn.append((tokens.float().cpu(), pictures.float().cpu()))
     factor = 1.0 if tolerance is None else tolerance / TOLERANCES[precision]

@@ -303,6 +303,15 @@ def _warmup(network: Network, batch: int, length: int) -> dict[str, Any]:
 # -- generate ------------------------------------------------------------------------------------------------------------------
 
 
+def require_servable(generator: DiTConfig) -> None:
+    """InputError for a generator whose pictures ``generate`` cannot make: its requests have no small picture."""
+    if generator.image_token_dim:
+        raise InputError(
+            "the server's generate makes pictures of classes and captions; this generator also reads small pictures. Export it "
+            "--to onnx or aoti, which export.load runs as a SuperResolutionPipeline, or serve its networks alone, with --what"
+        )
+
+
 def _write_generate(
     place: Path, directory: Path, manifest: Manifest, served: Mapping[str, Network], options: ServerOptions
 ) -> None:
@@ -311,8 +320,7 @@ def _write_generate(
         raise InputError(f"{directory / MANIFEST} describes a pipeline without both its models: export again")
     generator, tokenizer = from_mapping(DiTConfig, manifest.generator), from_mapping(TexTokConfig, manifest.tokenizer)
     generator_inputs, decoder_inputs = served["generator"].inputs, served["decoder"].inputs
-    if generator.image_token_dim:
-        raise InputError("generate serves generators of classes and captions; this one also reads image tokens")
+    require_servable(generator)
     reads_text = "text" in generator_inputs or "text" in decoder_inputs
     text = _text_settings(place / "1", directory, manifest, tokenizer, options) if reads_text and "text" in served else None
     process = build_process(

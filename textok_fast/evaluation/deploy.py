@@ -163,7 +163,10 @@ def _pictures(
     if tokenizer is None or generator is None or about is None or not there:
         return {}
     draw = torch.Generator().manual_seed(0)
-    labels, text = None, None
+    labels, text, image_tokens = None, None, None
+    if generator.config.image_token_dim:
+        shape = (batch, generator.config.num_image_tokens, generator.config.image_token_dim)
+        image_tokens = torch.randn(shape, generator=draw).to(device)
     if generator.config.num_classes:
         labels = torch.arange(batch) % generator.config.num_classes
     if generator.config.text_dim or tokenizer.config.text_in_decoder:
@@ -179,7 +182,7 @@ def _pictures(
 
         @torch.no_grad()
         def call() -> Any:
-            tokens = made.generate_tokens(labels, given, list(range(batch)), options)
+            tokens = made.generate_tokens(labels, given, list(range(batch)), options, image_tokens)
             return decoder.decode(tokens, None if text is None else tuple(text), output="uint8")
 
         return call
