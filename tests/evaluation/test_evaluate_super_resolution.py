@@ -116,6 +116,8 @@ def test_numbers_are_those_of_each_way(work: Path, loads_fake_text: Any, photos:
             gain = found.metrics[f"psnr_gain/{name}"]
             assert gain.value == pytest.approx(of["psnr"] - values(found)["psnr/bicubic"], abs=1e-5)
             assert gain.detail["standard error"] > 0
+    by_guidance = values(found)["psnr/guided"] - values(found)["psnr/captioned"]
+    assert values(found)["psnr_gain_of_guidance/guided"] == pytest.approx(by_guidance, abs=1e-5)
     assert list(found.missing) == ["LPIPS"]
     assert (found.settings["strength"], found.settings["seed"], found.settings["scale"]) == (STRENGTH, SEED, 4)
     report = (tmp_path / "out/generation.md").read_text()

@@ -660,6 +660,9 @@ def evaluate_super_resolution(
         if "psnr" in own and way.name != "bicubic":
             gain = own["psnr"] - compared_of["bicubic"]["psnr"]
             metrics[f"psnr_gain/{way.name}"] = _mean(gain, "PSNR over bicubic's, dB", "higher", way.title)
+        if "psnr" in own and way.name == "guided":
+            gain = own["psnr"] - compared_of["captioned"]["psnr"]
+            metrics["psnr_gain_of_guidance/guided"] = _mean(gain, "PSNR over guidance 1's, dB", "higher", way.title)
         for network in networks:
             made = parts.gather(_stage(way.name, network), count)
             if given is None:
