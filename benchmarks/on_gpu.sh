@@ -28,6 +28,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONUNBUFFERED=1 TEXTOK_COMMIT=${COMMIT:-}
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
+[[ $PYTHON == */* ]] && PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/${PYTHON##*/}
 PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedup fp8-speedup compile parity profile peers training}
 LIMIT=${LIMIT:-86400}
 ROUNDS=${ROUNDS:-15}
@@ -179,7 +180,7 @@ for wanted in $PARTS; do
       study training 400 "precisions=$([ "$device" = cuda ] && has torchao && echo '[bf16,fp8]' || echo '[bf16]')" \
         ${SMOKE:+tokenizer=tiny generator=tiny image_size=64 rounds=1} ;;
     text-study) # small networks, whose launches leave a GPU idle: as many trainings at once as there are cores
-      part text-study 570 "$PYTHON" -m textok_fast evaluate study --out "$work/text-study" --jobs "$(nproc)" \
+      part text-study 570 env -C "$work" "$PYTHON" -m textok_fast evaluate study --out text-study --jobs "$(nproc)" \
         ${SEEDS:+--seeds $SEEDS} ${SMOKE:+--tokens 2 4 --seeds 0 --pictures 16} "run.steps=${STEPS:-$([ -n "${SMOKE:-}" ] && echo 2 || echo 400)}"
       (cd "$work" && tar czf "$OUT/text-study.tgz" text-study/*.* text-study/*/study.json) # without the models
       ;;
