@@ -158,7 +158,7 @@ def _train(config: StudyConfig, runs: Sequence[_Run], progress: bool) -> None:
     on_cpu = default_device().type == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = config.jobs or (cores if on_cpu else 1)
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} if on_cpu else {}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     running: dict[_Run, subprocess.Popen[bytes]] = {}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="training", unit="tokenizer", disable=not progress,
         file=sys.stderr)  # fmt: skip
