@@ -270,7 +270,8 @@ class HuggingFaceConfig:
     """Of ``data.source=huggingface``: which part of the data set, and which of its columns."""
 
     subset: str = ""  # the data set's configuration, where it has several
-    split: str = "train"  # of the data set; our validation split is cut from it as from files
+    split: str = "train"  # of the data set; our validation split is cut from it as from files, unless the next names one
+    validation_split: str = ""  # of the data set: what "validation" is, as data.validation_path of files
     revision: str = ""  # a commit or tag, so that the data cannot change between a run and its continuation
     streaming: bool = False  # read while training instead of downloading before it; docs/data.md says what that costs
     length: int = 0  # streaming: pictures in an epoch; 0: as many as the data set says that it has
@@ -301,6 +302,10 @@ class DataConfig:
     crop_min: float = 0.8  # crop=random: the square's side is at least this share of the short side (ADM: 0.8)
     flip: bool = False  # files: half of the training pictures mirrored, whatever their captions say of left and right
     caption_lines: bool = True  # files: each line of a .txt is a caption; False: the lines are one caption
+    # Files: what training does not see, for previews and for captions of classes. A share of ``path`` (0: all of it trains), or
+    # with validation_path the pictures there, of the same source: then all of ``path`` trains.
+    validation_share: float = 0.05
+    validation_path: str = ""
     # Shards and streams are read nearly in order: an epoch shuffles the shards and then within windows of so many pictures,
     # and each batch is composed of ``read_streams`` such windows in different places.
     shuffle_buffer: int = 4096
@@ -313,6 +318,18 @@ class DataConfig:
         for name in ("shuffle_buffer", "read_streams"):
             _require_positive(self, name)
         _require_range(self.huggingface, "length", 0)
+        if not 0 <= self.validation_share < 1:
+            raise InputError(f"validation_share must be in [0, 1), got {self.validation_share}")
+        if self.validation_path and self.source == "huggingface":
+            raise InputError(
+                "data.validation_path is for folders and shards; with data.source=huggingface leave it empty (data.validation_path=) "
+                "and name the data set's split: data.huggingface.validation_split=validation"
+            )
+
+    @property
+    def held_out_at(self) -> str:
+        """Where the validation pictures are: a path, or a Hugging Face data set's split; "": a share of ``path``."""
+        return self.huggingface.validation_split if self.source == "huggingface" else self.validation_path
 
 
 @dataclass

@@ -93,6 +93,10 @@ class CaptionedImages(ABC):
         """The key of an example."""
         return self[index].key
 
+    def caption(self, index: int) -> str:
+        """The caption that ``[index]`` has."""
+        return self[index].caption
+
     def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
         """Pictures as they are stored, for `textok-fast data pack`; None for a corrupt one."""
         found: list[RawPicture | None] = []

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from textok_fast.config import DataConfig
 from textok_fast.data.base import CaptionedImages, Draw, Example, RawPicture, describe_skipped, stable_hash
 from textok_fast.data.columns import Record, Records, Strings
 from textok_fast.data.crops import Crop, center_square
@@ -21,9 +22,9 @@ from textok_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
+FILE_SOURCES = ("folder", "webdataset", "huggingface")
 FILE_SPLITS = ("train", "validation", "all")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VALIDATION_SHARE = 0.05
 # Above this many pictures they are not checked before the first is used; a corrupt one is then found when it is read.
 VERIFY_AT_MOST = 20_000
 
@@ -31,7 +32,8 @@ VERIFY_AT_MOST = 20_000
 class FileDataset(CaptionedImages):
     """Captioned image files, each brought to a square of ``crop.size``.
 
-    The split is decided by a hash of the key: about 5 % (at least one) are "validation", the others "train"; "all" is both.
+    The split is decided by a hash of the key: about ``validation_share`` of them are "validation", the others "train"; "all" is
+    both. Of a share between 0 and 1 at least one is "validation".
     Pictures without a caption are counted in ``skipped``, unless ``need_captions`` is False; theirs is then "".
     A picture that turns out to be corrupt when it is read is counted in ``skipped`` and the next readable one takes its place;
     :meth:`fetch` leaves the place empty instead. A place that cannot be reached is an error.
@@ -52,6 +54,7 @@ class FileDataset(CaptionedImages):
         need_captions: bool = True,
         verify: bool = True,
         by_key: bool = True,
+        validation_share: float = DataConfig.validation_share,
     ) -> None:
         """``verify``: look at each picture now if they are few. ``by_key``: sorted by key; else in the records' order."""
         if split not in FILE_SPLITS:
@@ -80,10 +83,12 @@ class FileDataset(CaptionedImages):
         order = sorted(range(len(rows)), key=keys.__getitem__) if by_key else range(len(rows))
         if split != "all":
             hashes = [stable_hash("validation", key) for key in keys]
-            limit = max(int(VALIDATION_SHARE * 2**64), min(hashes) + 1)
+            limit = int(validation_share * 2**64)
+            if 0 < validation_share < 1:
+                limit = max(limit, min(hashes) + 1)
             order = [i for i in order if (hashes[i] < limit) == (split == "validation")]
         if not order:
-            raise InputError(f"the split {split!r} of {where} is empty: {len(rows)} picture is too few for two splits")
+            raise empty_split(split, where, len(rows), validation_share)
         self._keys = Strings.of(keys[i] for i in order)
         self._rows = np.array([rows[i] for i in order], dtype=np.int64)  # (n,) into the records
         self._corrupt: set[int] = set()
@@ -169,6 +174,9 @@ class FileDataset(CaptionedImages):
             found.append(RawPicture(self._keys[position], _bytes(data), kind, record.captions, record.label))
         return found
 
+    def caption(self, index: int) -> str:
+        return (self._record(self._position(index)).captions or ("",))[0]
+
     def captions_by_label(self, limit: int) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
         for position in range(len(self)):
@@ -192,6 +200,16 @@ class FileDataset(CaptionedImages):
             f"{len(self):,} captioned pictures ({self.split} split, {self.image_size} px{classes}) of the {self.source} "
             f"{self._where}. Licence: the caller's own data{describe_skipped(self.skipped)}"
         )
+
+
+def empty_split(split: str, where: str, count: int, validation_share: float) -> InputError:
+    """Why there is nothing in a split of ``count`` pictures."""
+    if split == "validation" and not validation_share:
+        return InputError(
+            f"nothing of {where} is held out (data.validation_share=0): name other pictures by data.validation_path, or of a "
+            "Hugging Face data set by data.huggingface.validation_split, or hold out a share"
+        )
+    return InputError(f"the split {split!r} of {where} is empty: {count} picture is too few for two splits")
 
 
 def draw_example(index: int, key: str, data: bytes, captions: Sequence[str], label: int, crop: Crop) -> Example:
