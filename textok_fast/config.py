@@ -322,8 +322,8 @@ class DataConfig:
             raise InputError(f"validation_share must be in [0, 1), got {self.validation_share}")
         if self.validation_path and self.source == "huggingface":
             raise InputError(
-                "data.validation_path is for folders and shards; with data.source=huggingface leave it empty (data.validation_path=) "
-                "and name the data set's split: data.huggingface.validation_split=validation"
+                "data.validation_path is for folders and shards; with data.source=huggingface leave it empty "
+                "(data.validation_path=) and name the data set's split: data.huggingface.validation_split=validation"
             )
 
     @property

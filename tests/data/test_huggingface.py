@@ -139,3 +139,25 @@ def test_a_hugging_face_data_set_is_packed(saved: Path, tmp_path: Path, streamin
     config = DataConfig(source="webdataset", path=str(tmp_path / "out"), image_size=8)
     back = load_dataset(config, "all", need_captions=False)
     assert [(e.image.tobytes(), e.caption, e.label) for e in back] == [row[:3] for row in examples(source)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_of_the_data_set_is_held_out(saved: Path, tmp_path_factory: pytest.TempPathFactory, streaming: bool) -> None:
+    folder = tmp_path_factory.mktemp(
+        "hub"
+    )  # `datasets` reads splits from directories' names too, and tmp_path has "test" in its own
+    for name, part in (("train", 0), ("test", 2)):
+        (folder / f"{name}.parquet").write_bytes((saved / "parquet" / f"train-{part:05d}-of-00003.parquet").read_bytes())
+    options = {"need_captions": False, "streaming": streaming, "validation_split": "test", "shuffle_buffer": 4}
+    if streaming:
+        options["length"] = 14
+    train, everything = (examples(read(folder, split, **options)) for split in ("train", "all"))
+    assert train == everything and len(train) == 14
+    if streaming:  # parquet files do not say how many rows the other split has
+        with pytest.raises(InputError, match=r"\(test\) does not say how many pictures it has"):
+            read(folder, "validation", **options)
+    else:
+        validation = examples(read(folder, "validation", **options))
+        assert [row[1] for row in validation][-1] == "number 39" and len(validation) == 13
+    with pytest.raises(InputError, match=r"huggingface\.validation_split=validation"):
+        DataConfig(source="huggingface", path=str(folder), validation_path="elsewhere")

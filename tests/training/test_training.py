@@ -22,8 +22,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from textok_fast import InputError, TexTok
-from textok_fast.config import DiTConfig, GeneratorTrainConfig, LossConfig, OptimConfig, TokenizerTrainConfig, to_dict
-from textok_fast.data import load_dataset
+from textok_fast.config import (
+    DataConfig,
+    DiTConfig,
+    GeneratorTrainConfig,
+    LossConfig,
+    OptimConfig,
+    TokenizerTrainConfig,
+    to_dict,
+)
+from textok_fast.data import Example, load_dataset, write_shards
 from textok_fast.data.token_cache import TokenDataset, drawn_rows, write_token_shards
 from textok_fast.diffusion import GaussianDiffusion
 from textok_fast.inference import ClassToImagePipeline, TextToImagePipeline, load_pipeline
@@ -657,6 +665,53 @@ def test_generators_that_do_not_fit_are_refused(
         train_generator(generator_config(tokenizer_directory, train_config(tmp_path), **options), progress=False)
 
 
+@pytest.fixture
+def labelled(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Sixteen pictures at ``name``, of the classes that the letters of ``labels`` are, in turn."""
+
+    def write(name: str, labels: str) -> Path:
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+        kinds = sorted(set(labels))
+        numbers = [kinds.index(labels[k % len(labels)]) for k in range(16)]
+        examples = [Example(pixels[k], f"{name} {kinds[numbers[k]]}", numbers[k], f"{k:02d}") for k in range(16)]
+        write_shards(examples, tmp_path / name, label_names=kinds)
+        return tmp_path / name
+
+    return write
+
+
+def test_classes_are_told_by_captions_that_are_held_out_elsewhere(
+    train_config: TrainConfig,
+    tokenizer_directory: Path,
+    loads_fake_text: Any,
+    labelled: Callable[[str, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = train_config(tmp_path / "run", {"steps": 6, "batch_size": 8})
+    config = generator_config(tokenizer_directory, train, objective="gaussian", num_classes=2)
+    files: dict[str, Any] = {"source": "webdataset", "image_size": 16, "path": str(labelled("seen", "abb"))}
+    config.cache_images = 0
+    for settings, message in (
+        ({"validation_share": 0.0}, r"nothing of .*seen is held out \(data\.validation_share=0\)"),
+        (
+            {"validation_path": str(labelled("fewer", "b"))},
+            r"fewer have 1 labels, the training pictures 2; only one of the two has a",
+        ),
+    ):
+        config.data = DataConfig(**files, **settings)
+        with pytest.raises(InputError, match=message):
+            train_generator(config, progress=False)
+        assert not (tmp_path / "run" / "tokens").exists()  # before any work
+    config.data = DataConfig(**files, validation_path=str(labelled("unseen", "ab")))
+    result = train_generator(config, progress=False)
+    assert len(TokenDataset(result.run / "tokens")) == 16
+    assert "6 steps of 8: 3 epochs of 16 pictures" in capsys.readouterr().err
+    pipeline = load_pipeline(result.final)
+    assert isinstance(pipeline, ClassToImagePipeline)
+    assert (pipeline.label_names, pipeline.captions) == (["a", "b"], {0: ["unseen a"], 1: ["unseen b"]})
+
+
 # -- the token cache ---------------------------------------------------------------------------------------------------
 
 
@@ -720,6 +775,8 @@ def test_tokens_of_another_tokenizer_or_other_data_are_refused(
         write(make_tokenizer(seed=1))
     with pytest.raises(InputError, match="data differ"):
         write(tokenizer, seed=5)
+    options = {**to_dict(config.data)["huggingface"], "validation_split": "test"}
+    write(tokenizer, validation_share=0.0, validation_path="elsewhere", huggingface=options)  # the hash of the pictures tells
     tokenizer.set_latent_statistics(torch.ones(4), torch.ones(4))
     with pytest.raises(InputError, match="tokenizer_config differ"):
         write(tokenizer)

@@ -93,7 +93,7 @@ class CaptionedImages(ABC):
         """The key of an example."""
         return self[index].key
 
-    def caption(self, index: int) -> str:
+    def caption_of(self, index: int) -> str:
         """The caption that ``[index]`` has."""
         return self[index].caption
 

@@ -174,7 +174,7 @@ class FileDataset(CaptionedImages):
             found.append(RawPicture(self._keys[position], _bytes(data), kind, record.captions, record.label))
         return found
 
-    def caption(self, index: int) -> str:
+    def caption_of(self, index: int) -> str:
         return (self._record(self._position(index)).captions or ("",))[0]
 
     def captions_by_label(self, limit: int) -> dict[int, list[str]]:

@@ -52,9 +52,7 @@ class FolderDataset(FileDataset):
         if len(tables) > 1:
             log.warning("%s has %s: only %s is read", path, ", ".join(table.name for table in tables), tables[0].name)
         found = self._table_records(tables[0], skipped) if tables else self._text_records(skipped, caption_lines)
-        super().__init__(
-            Records.of(found), split, crop, skipped, str(path), need_captions, validation_share=validation_share
-        )
+        super().__init__(Records.of(found), split, crop, skipped, str(path), need_captions, validation_share=validation_share)
 
     def _read(self, records: Sequence[Record]) -> list[bytes | Exception]:
         found: list[bytes | Exception] = []

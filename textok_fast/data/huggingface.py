@@ -182,8 +182,8 @@ class HuggingFaceStream(CaptionedImages):
     nearest place that a run on this machine has noted, which it does for a fixed ``revision`` and for directories.
     Each loader worker and each process reads the whole stream.
 
-    The first 1,024 pictures, or ``validation_share`` of them where that is less, are "validation". Pictures without a caption and corrupt ones give way to
-    the next of their window.
+    The first 1,024 pictures, or ``validation_share`` of all where that is less, are "validation". Pictures without a caption
+    and corrupt ones give way to the next of their window.
     """
 
     def __init__(

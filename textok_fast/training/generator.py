@@ -183,11 +183,10 @@ def check_held_out(task: GeneratorTask, dataset: CaptionedImages) -> None:
         return
     found, wanted = task.held_out.label_names, dataset.label_names
     if task.config.model.num_classes and found != wanted:
-        lacks = [name for name in wanted if name not in found][:3]
-        others = [name for name in found if name not in wanted][:3]
+        missing = [name for name in wanted if name not in found] or [name for name in found if name not in wanted]
         raise InputError(
-            f"the held-out pictures at {data.held_out_at} have {len(found)} labels, the training pictures {len(wanted)}"
-            f"{f'; these lack there: {lacks}' if lacks else ''}{f'; only there: {others}' if others else ''}. Labels must be the same"
+            f"the held-out pictures at {data.held_out_at} have {len(found)} labels, the training pictures {len(wanted)}; "
+            f"they must be the same, and only one of the two has {', '.join(missing[:3])}"
         )
 
 
