@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -733,7 +734,29 @@ def from_mapping(cls: type[C], values: Mapping[str, Any]) -> C:
         if isinstance(cause, InputError):
             raise cause from None
         where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        if first["type"] == "unexpected_keyword_argument":
+            raise InputError(f"{cls.__name__} has no setting {where}; {_nearest_setting(cls, where)}") from None
         raise InputError(f"{cls.__name__}: {where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _nearest_setting(cls: type, given: str) -> str:
+    """What somebody may have meant by a setting that there is not."""
+    names = list(_setting_names(cls))
+    if near := difflib.get_close_matches(given, names, n=1):
+        return f"did you mean {near[0]}?"
+    group = given.rpartition(".")[0]
+    return f"known: {', '.join(name for name in names if name.rpartition('.')[0] == group)}"
+
+
+def _setting_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """All settings, groups among them: "data", "data.source" and so on."""
+    if hasattr(cls, "named"):
+        yield f"{prefix}size"
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        yield f"{prefix}{item.name}"
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            yield from _setting_names(type(default), f"{prefix}{item.name}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import string
 import subprocess
@@ -352,6 +353,22 @@ def test_prompts_are_taken_in_turn(
     np.testing.assert_allclose(made.astype(int), own.images.numpy().astype(int), atol=1)
     with pytest.raises(InputError, match="--prompts"):
         evaluate_text(str(pipeline), tmp_path / "none", clip=str(clip[0]))
+
+
+def test_captions_are_read_without_decoding(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(work / "photos", tmp_path / "photos")
+    wanted = evaluate.open_pictures(folder, image_size=8).read(0, 4).captions
+    monkeypatch.setattr("textok_fast.data.files.decode_image", None)
+    assert evaluate.captions_of(folder)[:4] == wanted
+    samples = [{"image": f"{k}.png", "caption": text} for k, text in enumerate(["a cow", ""])]
+    for sample in samples:
+        Image.new("RGB", (8, 8)).save(tmp_path / sample["image"])
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    assert evaluate.captions_of(tmp_path) == ["a cow"]
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(InputError, match="have no captions"):
+        evaluate.captions_of(folder)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------

@@ -696,7 +696,7 @@ def test_classes_are_told_by_captions_that_are_held_out_elsewhere(
         ({"validation_share": 0.0}, r"nothing of .*seen is held out \(data\.validation_share=0\)"),
         (
             {"validation_path": str(labelled("fewer", "b"))},
-            r"fewer have 1 labels, the training pictures 2; only one of the two has a",
+            r"fewer have 1 labels, the training pictures 2; .*only one of the two has a",
         ),
     ):
         config.data = DataConfig(**files, **settings)
@@ -710,6 +710,12 @@ def test_classes_are_told_by_captions_that_are_held_out_elsewhere(
     pipeline = load_pipeline(result.final)
     assert isinstance(pipeline, ClassToImagePipeline)
     assert (pipeline.label_names, pipeline.captions) == (["a", "b"], {0: ["unseen a"], 1: ["unseen b"]})
+
+
+def test_a_generator_without_its_tokenizer_is_told_the_setting(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = generator_config(tmp_path / "runs" / "final", train_config(tmp_path), objective="gaussian")
+    with pytest.raises(InputError, match=r"no model at .*runs/final.*the setting tokenizer= names: what `train tokenizer` wrote"):
+        train_generator(config, progress=False)
 
 
 # -- the token cache ---------------------------------------------------------------------------------------------------

@@ -195,6 +195,11 @@ class FilePictures:
             examples = list(pool.map(self._dataset.__getitem__, range(first, last)))
         return Batch(np.stack([example.image for example in examples]), [example.caption for example in examples])
 
+    @property
+    def captions(self) -> list[str]:
+        """Of all pictures, which are not read for it."""
+        return [self._dataset.caption_of(index) for index in range(len(self))]
+
 
 class SampledPictures:
     """What ``textok-fast sample`` wrote, in the order of its samples.json, with the captions it was decoded with."""
@@ -222,6 +227,11 @@ class SampledPictures:
         files, captions = zip(*self._listed[first:last], strict=True)
         with ThreadPoolExecutor(READERS) as pool:
             return Batch(np.stack(list(pool.map(_pixels, files))), list(captions))
+
+    @property
+    def captions(self) -> list[str]:
+        """Of all pictures, which are not read for it."""
+        return [caption for _, caption in self._listed]
 
 
 class First:

@@ -26,8 +26,10 @@ from textok_fast.evaluation.batches import (
     SPATIAL_STATISTICS,
     STATISTICS,
     Batch,
+    FilePictures,
     NpzPictures,
     Pictures,
+    SampledPictures,
     open_pictures,
     write_npz,
 )
@@ -463,9 +465,9 @@ def evaluate_text(
 
 
 def captions_of(images: str | Path) -> list[str]:
-    """The captions of a folder or of shards, by key; InputError where there are none."""
+    """The captions of a folder or of shards, by key, no picture being decoded; InputError where there are none."""
     pictures = open_pictures(images, image_size=8)
-    captions = [caption for caption in pictures.read(0, len(pictures)).captions or () if caption]
+    captions = [each for each in pictures.captions if each] if isinstance(pictures, FilePictures | SampledPictures) else []
     if not captions:
         raise InputError(f"the pictures of {images} have no captions")
     return captions

@@ -209,7 +209,15 @@ def train_generator(
     processes = join_processes(config.run.timeout)
     check_run(config.run, processes.device, processes.num_processes)
     torch.manual_seed(config.run.seed)  # the initial weights
-    tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
+    try:
+        tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
+    except InputError as error:
+        if Path(config.tokenizer).is_dir():
+            raise
+        raise InputError(
+            f"{error}. A generator is trained over a tokenizer, which the setting tokenizer= names: what `train tokenizer` wrote, "
+            "as tokenizer=runs/tokenizer/final"
+        ) from None
     task = GeneratorTask(config, tokenizer)
     dataset = load_dataset(config.data, "train")
     announce(processes, dataset.describe())
