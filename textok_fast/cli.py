@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ConnectionError as error:  # of another process of the run, or of the network
+        from textok_fast.training.parallel import leave
+
+        return leave(_fail(str(error)))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(

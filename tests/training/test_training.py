@@ -714,7 +714,9 @@ def test_classes_are_told_by_captions_that_are_held_out_elsewhere(
 
 def test_a_generator_without_its_tokenizer_is_told_the_setting(train_config: TrainConfig, tmp_path: Path) -> None:
     config = generator_config(tmp_path / "runs" / "final", train_config(tmp_path), objective="gaussian")
-    with pytest.raises(InputError, match=r"no model at .*runs/final.*the setting tokenizer= names: what `train tokenizer` wrote"):
+    with pytest.raises(
+        InputError, match=r"no model at .*runs/final.*the setting tokenizer= names: what `train tokenizer` wrote"
+    ):
         train_generator(config, progress=False)
 
 
