@@ -379,7 +379,8 @@ class OptimConfig(AdamConfig):
 @dataclass
 class LossConfig:
     """Weights of the tokenizer's loss terms, and what shapes them; a weight of 0 skips its term. docs/training.md has the
-    formulas, which see pixels in [-1, 1], and what weights for [0, 1] are here. ``gan`` above 0 trains a discriminator beside the tokenizer."""
+    formulas, of pixels in [-1, 1], and what weights for [0, 1] are here. ``gan`` above 0 trains a discriminator beside the
+    tokenizer."""
 
     l2: float = 1.0
     gradient: float = 0.0  # l1 between image gradients at three scales: a cheap perceptual stand-in, nothing to download

@@ -215,8 +215,8 @@ def train_generator(
         if Path(config.tokenizer).is_dir():
             raise
         raise InputError(
-            f"{error}. A generator is trained over a tokenizer, which the setting tokenizer= names: what `train tokenizer` wrote, "
-            "as tokenizer=runs/tokenizer/final"
+            f"{error}. A generator is trained over a tokenizer, which the setting tokenizer= names: what `train tokenizer` "
+            "wrote, as tokenizer=runs/tokenizer/final"
         ) from None
     task = GeneratorTask(config, tokenizer)
     dataset = load_dataset(config.data, "train")

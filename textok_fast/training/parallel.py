@@ -331,8 +331,8 @@ def lost_processes(world: int, run: Path) -> Iterator[None]:
 def leave(status: int) -> int:
     """Gives ``status`` back; but one of several processes ends here with it, what it has said being flushed.
 
-    For use while the error that it tells is handled. To end in order would take process groups apart whose peer is gone, and over
-    that gloo's threads may abort: whoever started the process would see SIGABRT instead of its error.
+    For use while the error that it tells is handled. To end in order would take process groups apart whose peer is gone, and
+    over that gloo's threads may abort: whoever started the process would see SIGABRT instead of its error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
