@@ -753,7 +753,7 @@ def _setting_names(cls: type, prefix: str = "") -> Iterator[str]:
     """All settings, groups among them: "data", "data.source" and so on."""
     if hasattr(cls, "named"):
         yield f"{prefix}size"
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for item in dataclasses.fields(cls):
         yield f"{prefix}{item.name}"
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
         if dataclasses.is_dataclass(default):

@@ -61,5 +61,5 @@ def test_pictures_of_another_place_are_held_out_and_all_of_the_first_train(place
     assert said(config, "validation", **settings) == {f"held-out {k}" for k in range(7)}
     text = load_dataset(DataConfig(**{**vars(config), **settings}), "validation").describe()
     assert "7 captioned pictures (validation split" in text and other.path in text
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(InputError, match=r"held-out pictures \(data\.validation_path\): .*nowhere"):
         said(config, "validation", validation_path="nowhere")

@@ -68,14 +68,23 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None, need
         raise InputError(f"length is for generated scenes; data.source={config.source} has the pictures it has")
     kind = "adm" if config.crop == "random" and split != "train" else config.crop
     crop = Crop(config.image_size, kind, config.crop_min, config.flip and split == "train")
-    share = config.validation_share
-    if config.held_out_at:  # all of the one place trains, all of the other validates
-        share = float(split == "validation")
-        if split == "validation" and config.source == "huggingface":
-            other = dataclasses.replace(config.huggingface, split=config.held_out_at, length=0)
-            config = dataclasses.replace(config, huggingface=other)
-        elif split == "validation":
-            config = dataclasses.replace(config, path=config.held_out_at)
+    if not config.held_out_at:
+        return _load_files(config, split, crop, need_captions, config.validation_share)
+    if split != "validation":  # all of the one place trains, all of the other validates
+        return _load_files(config, split, crop, need_captions, 0.0)
+    if config.source == "huggingface":
+        other = dataclasses.replace(config.huggingface, split=config.held_out_at, length=0)
+        setting, config = "data.huggingface.validation_split", dataclasses.replace(config, huggingface=other)
+    else:
+        setting, config = "data.validation_path", dataclasses.replace(config, path=config.held_out_at)
+    try:
+        return _load_files(config, split, crop, need_captions, 1.0)
+    except InputError as error:
+        raise InputError(f"of the held-out pictures ({setting}): {error}") from None
+
+
+def _load_files(config: DataConfig, split: str, crop: Crop, need_captions: bool, share: float) -> CaptionedImages:
+    """``share`` of the pictures at ``config.path`` are "validation"."""
     if config.source == "folder":
         return FolderDataset(config.path, split, crop, need_captions, config.caption_lines, share)
     windows = {"shuffle_buffer": config.shuffle_buffer, "read_streams": config.read_streams}
