@@ -359,8 +359,8 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument("--part-size", type=int, default=64, metavar="N",
             help="pictures whose results are kept together: what a stopped run loses (default: %(default)s)")  # fmt: skip
         task.add_argument("--crop", choices=("center", "adm"), default="center",
-            help="of pictures in files: the center square resized by Lanczos, or by the steps that made ADM's reference batches "
-            "and published numbers, adm (default: %(default)s)")  # fmt: skip
+            help="of pictures in files: the center square resized by Lanczos, or by the steps that made ADM's reference "
+            "batches and published numbers, adm (default: %(default)s)")  # fmt: skip
         _plan_options(task)
     for task in (generation, text, reference):
         task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
