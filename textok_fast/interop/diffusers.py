@@ -204,8 +204,8 @@ class AutoencoderTexTok(_Model):
     """:class:`TexTok` with the calls of diffusers' AutoencoderKL.
 
     ``encode(x).latent_dist`` (or ``.latent``, AutoencoderDC's), ``decode(z).sample``, both also with captions and both with
-    gradients; ``enable_slicing`` for one picture at a time. Pictures have one size, at which AutoencoderKL does not tile either:
-    ``enable_tiling`` changes nothing.
+    gradients; ``enable_slicing`` for one picture at a time. Pictures have one size, at which AutoencoderKL does not tile
+    either: ``enable_tiling`` changes nothing.
 
     ``config`` has what pipelines read: ``scaling_factor`` 1 and ``shift_factor`` 0 (tokens have zero mean and unit variance
     already), ``latent_channels`` d, ``sample_size`` S, ``force_upcast`` False, and as many ``block_out_channels`` as make
