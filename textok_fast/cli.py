@@ -190,6 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
     encode.add_argument("--batch-size", type=int, default=32)
     encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
+    encode.add_argument("--captions", type=int, default=0, metavar="N",
+        help="of a picture with several so many are encoded, each with tokens of its own (default: all)")  # fmt: skip
     encode.add_argument("--workers", type=int,
         help="processes, on this machine's GPUs in turn (default: 1); with --ray actors (default: as it has room)")  # fmt: skip
     encode.add_argument(
@@ -638,6 +640,7 @@ def run_encode(args: argparse.Namespace) -> dict[str, Any]:
             advance,
             workers=args.workers if args.workers is not None else int(args.ray is None),
             ray=args.ray,
+            captions=args.captions,
         )
     skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
     print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -60,6 +61,7 @@ class EncodeJob:
     batch_size: int
     shard_size: int
     plan: Plan
+    captions: int = 0  # of a picture with several so many are encoded; 0: all
 
     def path(self, number: int) -> Path:
         return shard_path(self.out, number) if self.format == "safetensors" else self.out / f"tokens-{number:06d}.tar"
@@ -90,7 +92,7 @@ class ShardWriter:
         """Encodes and writes one shard. ``advance`` is called with the number of its pictures that are done."""
         first = number * self.job.shard_size
         rows = range(first, first + self.job.count(number))
-        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance)
+        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance, self.job.captions)
         path = self.job.path(number)
         if self.job.format == "safetensors":
             write_shard(path, encoded)
@@ -260,9 +262,12 @@ def _write_tar(path: Path, rows: EncodedRows) -> None:
         return buffer.getvalue()
 
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for row, (key, caption) in enumerate(zip(rows.keys, rows.captions, strict=True)):
-            add(archive, f"{key}.npy", npy(rows.tensors["tokens"][row].numpy()))
-            if "indices" in rows.tensors:
-                add(archive, f"{key}.indices.npy", npy(rows.tensors["indices"][row].numpy()))
-            add(archive, f"{key}.txt", caption.encode())
-            add(archive, f"{key}.cls", str(int(rows.tensors["labels"][row])).encode())
+        for key, group in itertools.groupby(range(len(rows.keys)), rows.keys.__getitem__):
+            of_key = list(group)  # a row for each caption
+            for number, row in enumerate(of_key):
+                name = f"{key}.{number}" if number else key
+                add(archive, f"{name}.npy", npy(rows.tensors["tokens"][row].numpy()))
+                if "indices" in rows.tensors:
+                    add(archive, f"{name}.indices.npy", npy(rows.tensors["indices"][row].numpy()))
+            add(archive, f"{key}.txt", "\n".join(rows.captions[row] for row in of_key).encode())
+            add(archive, f"{key}.cls", str(int(rows.tensors["labels"][of_key[0]])).encode())
