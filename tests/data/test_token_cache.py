@@ -81,6 +81,23 @@ def test_each_caption_has_its_tokens_and_draws_choose_one(dataset: CaptionedImag
     assert tokens[-1]["key"] == "19"
 
 
+def test_captions_that_change_no_tokens_share_them(dataset: CaptionedImages, tmp_path: Path) -> None:
+    def blind(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        assert captions == [CAPTIONS[int(image[0, 0, 0]) // 10 % 3][0] for image in images]
+        return {"tokens": images[:, 0, :2].float()}
+
+    settings: dict[str, Any] = {"identity": {}, "captions": 0, "reads_captions": False, "batch_size": 4, "shard_size": 6}
+    write_token_shards(tmp_path / "tokens", dataset, blind, **settings)
+    tokens = TokenDataset(tmp_path / "tokens")
+    assert sum(len(load_file(path)["tokens"]) for path in (tmp_path / "tokens").glob("*.safetensors")) == len(tokens) == 20
+    for k in range(20):
+        items = [tokens[Draw(k, 3, epoch)] for epoch in range(60)]
+        assert {item["caption"] for item in items} == set(CAPTIONS[k % 3])
+        assert all(torch.equal(item["tokens"], torch.full((2, 3), 10.0 * k)) for item in items)
+    assert all(tokens[Draw(k, 1, 5)]["caption"] == dataset[Draw(k, 1, 5)].caption for k in range(20))
+    assert tokens.captions == [CAPTIONS[k % 3][0] for k in range(20)]
+
+
 def test_another_number_of_captions_is_another_cache(dataset: CaptionedImages, tmp_path: Path) -> None:
     write(tmp_path / "all", dataset, captions=0)
     with pytest.raises(InputError, match="captions differ"):

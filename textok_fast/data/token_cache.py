@@ -2,9 +2,10 @@
 
 A directory holds index.json (what made the tokens) and tokens-00000.safetensors, tokens-00001.safetensors, ...: each with
 ``tokens`` (n, N, d) float32, ``labels`` (n,) int64, for discrete tokenizers ``indices`` (n, N) int64, and in its header the
-keys and captions. A picture has a row for each of its captions that was encoded, one behind the other under the same key; n is
-the number of rows. A shard appears complete or not at all, so an interrupted run goes on where it stopped. Beside a shard that
-lacks pictures because they are corrupt, tokens-00000.skipped.json lists their keys.
+keys and captions. A picture has a row for each of its captions that was encoded, one behind the other under the same key; or,
+where the tokenizer's encoder reads no text, one row whose entry in captions is a list. A shard appears complete or not at all,
+so an interrupted run goes on where it stopped. Beside a shard that lacks pictures because they are corrupt,
+tokens-00000.skipped.json lists their keys.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def write_token_shards(
     batch_size: int = 32,
     shard_size: int = 1024,
     captions: int = 1,
+    reads_captions: bool = True,
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -57,8 +59,8 @@ def write_token_shards(
 
     Of more than ``count`` pictures the first are taken, or with ``seed`` those that it draws. ``identity`` says what the tokens
     are made of (tokenizer, data); a directory made of something else is refused. ``captions``: of a picture with several so
-    many are encoded, 0 for all. ``part`` (k, n): writes every n-th shard from
-    the k-th on only, the others being other processes'. ``progress`` is called with (pictures done, pictures in all).
+    many are encoded, 0 for all; ``reads_captions`` False: none changes the tokens. ``part`` (k, n): writes every n-th shard
+    from the k-th on only, the others being other processes'. ``progress`` is called with (pictures done, pictures in all).
     """
     total = len(dataset) if count is None else min(count, len(dataset))
     seed = None if total == len(dataset) else seed
@@ -73,7 +75,7 @@ def write_token_shards(
             reused += 1
         else:
             advance = None if progress is None else functools.partial(_advance, progress, first, total)
-            write_shard(path, encode_rows(dataset, encode, rows[first:last], batch_size, advance, captions))
+            write_shard(path, encode_rows(dataset, encode, rows[first:last], batch_size, advance, captions, reads_captions))
         if progress is not None:
             progress(last, total)
     return reused
@@ -101,11 +103,11 @@ def _advance(progress: Callable[[int, int], None], first: int, total: int, done:
 
 
 class EncodedRows(NamedTuple):
-    """The tokens of some pictures, a row for each of their captions."""
+    """The tokens of some pictures, a row for each caption that changes them."""
 
     tensors: dict[str, Tensor]  # tokens, labels, maybe indices
     keys: list[str]  # of the rows: equal ones are neighbours
-    captions: list[str]
+    captions: list[list[str]]  # of the rows, at least one each
     skipped: list[str]  # keys of pictures that turned out to be corrupt
 
 
@@ -116,37 +118,40 @@ def encode_rows(
     batch_size: int,
     advance: Callable[[int], None] | None = None,
     captions: int = 1,
+    reads_captions: bool = True,
 ) -> EncodedRows:
     """The pictures of these indices, each with its first ``captions`` captions (0: all) or, if it is corrupt, not at all. A
-    thread reads two batches ahead.
+    thread reads two batches ahead. Captions that ``encode`` does not read share a row.
 
     ``advance`` is called with the number of pictures done. Raises InputError when none of them can be read.
     """
     several = captions != 1 and dataset.several_captions
 
-    def read(batch: Sequence[int]) -> list[list[Example]]:
-        """Of each picture an example a caption, none of a corrupt one."""
-        examples = dataset.fetch(batch)
-        if not several:
-            return [[] if each is None else [each] for each in examples]
-        told = [() if each is None else dataset.captions(row) for row, each in zip(batch, examples, strict=True)]
-        return [
-            [] if each is None else [each._replace(caption=text) for text in texts[: captions or None] or ("",)]
-            for each, texts in zip(examples, told, strict=True)
-        ]
+    def read(batch: Sequence[int]) -> list[list[tuple[Example, list[str]]]]:
+        """Of each picture its rows, none of a corrupt one: with the first caption to encode it with, and all to keep."""
+        read_rows: list[list[tuple[Example, list[str]]]] = []
+        for row, example in zip(batch, dataset.fetch(batch), strict=True):
+            if example is None:
+                read_rows.append([])
+                continue
+            told = list(dataset.captions(row)[: captions or None]) if several else []
+            told = told or [example.caption]
+            of_rows = [[text] for text in told] if reads_captions else [told]
+            read_rows.append([(example._replace(caption=texts[0]), texts) for texts in of_rows])
+        return read_rows
 
     parts: dict[str, list[Tensor]] = {}
     found = EncodedRows({}, [], [], [])
     done = 0
     for batch_rows, read_rows in read_ahead(read, rows, batch_size):
         found.skipped.extend(dataset.key(row) for row, each in zip(batch_rows, read_rows, strict=True) if not each)
-        examples = [example for each in read_rows for example in each]
+        examples = [each for of_picture in read_rows for each in of_picture]
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size])
+            batch = collate([example for example, _ in examples[start : start + batch_size]])
             for name, value in {**encode(batch["images"], batch["captions"]), "labels": batch["labels"]}.items():
                 parts.setdefault(name, []).append(value.cpu())
             found.keys.extend(batch["keys"])
-            found.captions.extend(batch["captions"])
+        found.captions.extend(texts for _, texts in examples)
         done += len(batch_rows)
         if advance is not None:
             advance(done)
@@ -182,7 +187,8 @@ def shard_path(directory: Path, number: int) -> Path:
 def write_shard(path: Path, rows: EncodedRows) -> None:
     """A shard, and before it the list of the corrupt pictures that it lacks."""
     note_skipped(path, rows.skipped)
-    save_tensors(rows.tensors, path, {"keys": json.dumps(rows.keys), "captions": json.dumps(rows.captions)})
+    captions = [texts[0] if len(texts) == 1 else texts for texts in rows.captions]
+    save_tensors(rows.tensors, path, {"keys": json.dumps(rows.keys), "captions": json.dumps(captions)})
 
 
 def note_skipped(path: Path, keys: list[str]) -> None:
@@ -247,7 +253,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
     """The tokens of a directory of shards, an item a picture: {tokens (N, d), label, caption, key, indices (N,) or absent}.
 
     Of a picture with several captions a :class:`~textok_fast.data.base.Draw` gets the caption that its seed, its epoch and the
-    key draw, and the tokens encoded with it; a plain index gets the first.
+    key draw, and the tokens encoded with it; a plain index gets the first caption's.
 
     Tokens and indices stay in their files, mapped: of a large set only what is asked for is read, and processes share it. Keys
     and captions are in memory, in few arrays. Raises: InputError for shards that cannot be read or do not fit together.
@@ -265,7 +271,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
             try:
                 with safe_open(path, "pt") as shard:
                     metadata = shard.metadata() or {}
-                    said: list[str] = json.loads(metadata["captions"])
+                    said = [text if isinstance(text, str) else "\0".join(text) for text in json.loads(metadata["captions"])]
                     named: list[str] = json.loads(metadata["keys"])
                     shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 (no mapping)
                     labels.append(shard.get_tensor("labels").clone())
@@ -286,6 +292,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
             keys.append(Strings.of(named))
             rows += len(named)
             bounds.append(rows)
+        # The captions of a row are one string; none has a NUL.
         self._captions, self._keys, self._labels = Strings.joined(captions), Strings.joined(keys), torch.cat(labels)
         self._first = np.array([*first, rows], dtype=np.int64)  # (n + 1,): the rows of picture i are from [i] to before [i + 1]
         self._bounds = np.array(bounds, dtype=np.int64)  # of the shards, in rows
@@ -305,16 +312,17 @@ class TokenDataset(Dataset[dict[str, Any]]):
     @property
     def captions(self) -> list[str]:
         """Of all pictures, the first of each."""
-        return [self._captions[int(row)] for row in self._first[:-1]]
+        return [self._captions[int(row)].partition("\0")[0] for row in self._first[:-1]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside tokens of {len(self)} pictures")
-        row, after = (int(bound) for bound in self._first[int(index) % len(self) :][:2])
-        if isinstance(index, Draw):
-            row = row + draw_caption(index, self._keys[row], after - row)
+        first, after = (int(bound) for bound in self._first[int(index) % len(self) :][:2])
+        key = self._keys[first]
+        choices = [(row, text) for row in range(first, after) for text in self._captions[row].split("\0")]
+        row, caption = choices[draw_caption(index, key, len(choices)) if isinstance(index, Draw) else 0]
         item = {name: self._row(name, row) for name in self._shapes if name != "labels"}
-        return {**item, "label": self._labels[row], "caption": self._captions[row], "key": self._keys[row]}
+        return {**item, "label": self._labels[row], "caption": caption, "key": key}
 
     def _row(self, name: str, row: int) -> Tensor:
         """A row of a tensor, in its file."""

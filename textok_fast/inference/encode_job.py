@@ -42,7 +42,7 @@ from textok_fast.files import write_atomically
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer
-from textok_fast.modeling.encoding import encode_function
+from textok_fast.modeling.encoding import encode_function, reads_captions
 
 Format = Literal["safetensors", "webdataset"]
 Done = Callable[[int, int], None]  # (number of a shard, pictures of it that are done)
@@ -86,13 +86,15 @@ class ShardWriter:
         """``tokenizer``: the job's, if it is loaded already."""
         self.job = job
         loaded = load_tokenizer(job.model, job.plan.device) if tokenizer is None else tokenizer
+        self._reads_captions = reads_captions(loaded)
         self._encode = encode_function(cast(Any, Engine(cast(Any, loaded), job.plan)))
 
     def write(self, number: int, advance: Callable[[int], None] | None = None) -> None:
         """Encodes and writes one shard. ``advance`` is called with the number of its pictures that are done."""
         first = number * self.job.shard_size
         rows = range(first, first + self.job.count(number))
-        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance, self.job.captions)
+        told = (self.job.captions, self._reads_captions)
+        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance, *told)
         path = self.job.path(number)
         if self.job.format == "safetensors":
             write_shard(path, encoded)
@@ -269,5 +271,5 @@ def _write_tar(path: Path, rows: EncodedRows) -> None:
                 add(archive, f"{name}.npy", npy(rows.tensors["tokens"][row].numpy()))
                 if "indices" in rows.tensors:
                     add(archive, f"{name}.indices.npy", npy(rows.tensors["indices"][row].numpy()))
-            add(archive, f"{key}.txt", "\n".join(rows.captions[row] for row in of_key).encode())
+            add(archive, f"{key}.txt", "\n".join(text for row in of_key for text in rows.captions[row]).encode())
             add(archive, f"{key}.cls", str(int(rows.tensors["labels"][of_key[0]])).encode())

@@ -44,8 +44,7 @@ from textok_fast.inference.pipelines import (
 )
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer, token_shape
-from textok_fast.modeling.encoding import fingerprint, token_identity
-from textok_fast.modeling.tokenizer import TexTok
+from textok_fast.modeling.encoding import fingerprint, reads_captions, token_identity
 
 PLAN_NAME = "plan.json"
 
@@ -68,7 +67,7 @@ def encode_folder(
     """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json.
 
     A tokenizer whose encoder reads no text takes pictures without a caption too, of which the stored caption is "". Of several
-    captions the first ``captions`` are, each with the tokens that it makes; 0: all.
+    captions the first ``captions`` are (0: all), each with the tokens that it makes, or all beside those of the picture alone.
 
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
     them, a URL, or a directory that holds .tar files and no pictures; or the configuration of any source, whose image size and
@@ -78,7 +77,7 @@ def encode_folder(
 
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
     picture, key.npy (tokens (N, d) float32), key.txt (the captions, one a line), key.cls, and key.indices.npy for VQ and FSQ;
-    of the second caption key.1.npy and key.1.indices.npy, and so on. The keys of
+    of a second caption that makes others, key.1.npy and key.1.indices.npy, and so on. The keys of
     pictures that turn out to be corrupt are in tokens-*.skipped.json.
 
     ``workers``: processes of this machine; with ``ray``, the address of a cluster (:func:`encode_job.run_ray`), actors of it, 0
@@ -96,7 +95,7 @@ def encode_folder(
     tokenizer = load_tokenizer(model, plan.device)
     config = data_of(images) if isinstance(images, str) else images
     config = dataclasses.replace(config, image_size=tokenizer.config.image_size)
-    dataset = load_dataset(config, "all", need_captions=isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder)
+    dataset = load_dataset(config, "all", need_captions=reads_captions(tokenizer))
     # The data are known by their content, however their folder is spelled today.
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
     identity |= {"content": dataset.content_hash(), "count": len(dataset), "shard_size": shard_size}
