@@ -14,18 +14,21 @@
 #   LIMIT=580 PARTS="build compile" bash benchmarks/on_gpu.sh                the same with torch.compile beside them, fewer
 #   LIMIT=580 PARTS="build fp8-speedup parity profile peers" bash benchmarks/on_gpu.sh
 #   LIMIT=580 PARTS="build training" bash benchmarks/on_gpu.sh               training steps, images/s and share of the ceiling
+#   LIMIT=580 STEPS=1000 PARTS="text-study" bash benchmarks/on_gpu.sh        48 tokenizers: what text is worth
 #   PARTS="autotune" bash benchmarks/on_gpu.sh                               torch.compile max-autotune beside them, an hour
 #
 # Environment: OUT (default benchmarks/results/local), PYTHON, PARTS, LIMIT (seconds for the whole call), ROUNDS, SMOKE=1 (tiny
 # shapes, to see that it runs), ARCHITECTURES (CMake's list for the CUDA part; default the present GPU's, "all" for the release's),
 # WHEELS (a folder of wheels that the machine lacks, default .whl), SITE (one of unpacked packages, default .site), JOBS (processes
-# for tests and compilation), TESTS (pytest's -k), BATCH and SYSTEMS (of `speedup`), COMMIT (of a tree without .git).
+# for tests and compilation), TESTS (pytest's -k), BATCH and SYSTEMS (of `speedup`), STEPS and SEEDS (of `text-study`, of
+# which text-study.tgz has the numbers and plots), COMMIT (of a tree without .git).
 set -uo pipefail
 shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 TEXTOK_COMMIT=${COMMIT:-}
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
+[[ $PYTHON == */* ]] && PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/${PYTHON##*/}
 PARTS=${PARTS:-build info report tests ops attention linear fp8 dit steps speedup fp8-speedup compile parity profile peers training}
 LIMIT=${LIMIT:-86400}
 ROUNDS=${ROUNDS:-15}
@@ -176,6 +179,11 @@ for wanted in $PARTS; do
     training) # ViT-B tokenizer and DiT-XL steps: plain, fused, compiled, with recomputed blocks
       study training 400 "precisions=$([ "$device" = cuda ] && has torchao && echo '[bf16,fp8]' || echo '[bf16]')" \
         ${SMOKE:+tokenizer=tiny generator=tiny image_size=64 rounds=1} ;;
+    text-study) # small networks, whose launches leave a GPU idle: as many trainings at once as there are cores
+      part text-study 570 env -C "$work" "$PYTHON" -m textok_fast evaluate study --out text-study --jobs "$(nproc)" \
+        ${SEEDS:+--seeds $SEEDS} ${SMOKE:+--tokens 2 4 --seeds 0 --pictures 16} "run.steps=${STEPS:-$([ -n "${SMOKE:-}" ] && echo 2 || echo 400)}"
+      (cd "$work" && tar czf "$OUT/text-study.tgz" text-study/*.* text-study/*/study.json) # without the models
+      ;;
     few-rows) part few-rows 120 "$PYTHON" benchmarks/few_rows.py --seconds 50 --out "$OUT/few_rows.json" ;;
     peers) # diffusers' DiT and the original form compute their modulation themselves, and diffusers' is over patches only
       study peers 400 "size=$size" "batch=[1]" "tokens=[32,1024]" "modulation=[inside]" \

@@ -348,7 +348,14 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--text", nargs="+", default=["both", "encoder", "decoder", "none"],
         choices=("both", "encoder", "decoder", "none"), help="where the text goes (default: all four)")  # fmt: skip
     study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    study.add_argument("--pictures", type=int, default=512, help="compared of each split (default: %(default)s)")
+    study.add_argument("--pictures", type=int, default=1024, help="compared of each split (default: %(default)s)")
+    study.add_argument(
+        "--features",
+        nargs="+",
+        default=["random", "pixels"],
+        metavar="NETWORK",
+        help="of the Fréchet distances: random, pixels, or a model of transformers by directory (default: random pixels)",
+    )
     study.add_argument("--jobs", type=int, default=0, help="trainings at once (default: one a core, or one on a GPU)")
     study.add_argument("--recipe", default="study", help="of the tokenizers (default: %(default)s)")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all trainings: run.steps=2000")
@@ -368,7 +375,7 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
     for task in (reconstruction, generation):
         task.add_argument("--features", nargs="+", default=["inception"], metavar="NETWORK",
-            help="inception, pixels, or a vision model of transformers by directory or Hub id (default: inception)",
+            help="inception, pixels, random, or a vision model of transformers by directory or Hub id (default: inception)",
         )  # fmt: skip
     for task in (reconstruction, generation, text):
         task.add_argument("--npz", action="store_true", help="also write the pictures as an .npz batch, for other evaluators")
@@ -820,10 +827,12 @@ def run_evaluate_study(args: argparse.Namespace) -> dict[str, Any]:
     from textok_fast.evaluation.text_study import StudyConfig, table, text_study
 
     _require_writable(args.out / "study.json")
-    config = StudyConfig(args.out, args.tokens, args.text, args.seeds, args.pictures, args.jobs, args.recipe, args.overrides)
+    config = StudyConfig(
+        args.out, args.tokens, args.text, args.seeds, args.pictures, args.features, args.jobs, args.recipe, args.overrides
+    )
     result = text_study(config, command=args.command_line)
     print(table(result))
-    print(f"wrote {args.out}/study.json, study.md and a plot for each split; every tokenizer is in NAME/final there")
+    print(f"wrote {args.out}/study.json, study.md and two plots for each split; every tokenizer is in NAME/final there")
     return result
 
 

@@ -42,9 +42,9 @@ def test_every_form_of_every_network_is_timed_beside_the_plain_one(
     result = json.loads((tmp_path / "training.json").read_text())
     rows = result["rows"]
     assert [(row["precision"], row["system"], row["form"]) for row in rows] == [
-        (dtype, system, form) for dtype in ("fp32", "bf16") for system in ("tokenizer", "generator") for form in forms
+        (dtype, system, form) for dtype in ("fp32", "bf16") for system in training.SYSTEMS for form in forms
     ]
-    assert len(compiled) == 2 * (2 + 2)  # a tokenizer's encoder and decoder have a block each
+    assert len(compiled) == 2 * (2 + 2 + 2)  # a tokenizer's encoder and decoder have a block each
     steps = order[:16]  # of each form two to warm up, then both rounds in turn
     assert steps[8:12] == steps[12:] == steps[0:8:2]
     for row in rows:
@@ -53,7 +53,8 @@ def test_every_form_of_every_network_is_timed_beside_the_plain_one(
         assert (row["ratio"] is None) == (row["form"] == "plain")
     text = (tmp_path / "training.md").read_text()
     assert text in capsys.readouterr().out
-    assert text.count("| TexTok-tiny, 4 tokens, 16 px |") == text.count("| DiT-tiny over 4 tokens |") == 8
+    names = ("TexTok-tiny, 4 tokens, 16 px", "TexTok-tiny, 4 tokens, 16 px, LPIPS and discriminator", "DiT-tiny over 4 tokens")
+    assert all(text.count(f"| {name} |") == 8 for name in names)
 
 
 def test_flops_of_a_step_are_three_times_those_of_the_products(small: dict[str, Any]) -> None:
@@ -83,6 +84,30 @@ def test_a_step_trains(small: dict[str, Any]) -> None:
         step()
     assert float(system.loss(model, inputs).detach()) < first
     assert not torch.equal(model.state_dict()["final_layer.linear.weight"], before["final_layer.linear.weight"])
+
+
+def test_a_judged_step_trains_the_discriminator_too(small: dict[str, Any]) -> None:
+    settings = TrainingConfig(**{**small, "precisions": ("fp32",), "forms": ("fused",)})
+    found, cpu = systems(settings), torch.device("cpu")
+    system = found["adversarial"]
+    assert system.flops() > 2 * found["tokenizer"].flops()
+    judges: list[training.Judge] = []
+    build = training.Judge
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "Judge", lambda *arguments: judges.append(build(*arguments)) or judges[0])
+        model = system.build()
+        step = training._step(system, model, "fused", "fp32", system.inputs(cpu), cpu)
+    networks = {"tokenizer": model, "discriminator": judges[0].critic.model.net}
+    before = {name: [value.clone() for value in network.parameters()] for name, network in networks.items()}
+    step()
+    still = {
+        name: [key for old, (key, new) in zip(before[name], network.named_parameters(), strict=True) if torch.equal(old, new)]
+        for name, network in networks.items()
+    }
+    assert still["tokenizer"] == ["encoder.text.null", "decoder.text.null"]  # what stands for a caption that is not there
+    last_bias = list(dict(networks["discriminator"].named_parameters()))[-1]
+    assert still["discriminator"] in ([], [last_bias])  # where hinge is slanted for both, it is pulled both ways
+    assert float(judges[0].critic.model.averages.left) < 1
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from scipy import stats
 
 from textok_fast.cli import main
+from textok_fast.config import TokenizerTrainConfig, load_config
+from textok_fast.data import collate, load_dataset
 from textok_fast.errors import InputError
-from textok_fast.evaluation.text_study import StudyConfig, findings, gains, means, plot, table
+from textok_fast.evaluation.features import load_networks
+from textok_fast.evaluation.fidelity import frechet_distance, gaussian
+from textok_fast.evaluation.metrics import psnr
+from textok_fast.evaluation.text_study import STUDENT_T, StudyConfig, findings, gains, means, plot, table, text_study
+from textok_fast.modeling import TexTok
 from textok_fast.training.checkpoints import list_checkpoints
 from textok_fast.training.loop import read_history
 
@@ -42,7 +51,21 @@ def test_every_tokenizer_is_trained_and_measured(study):
     assert row["psnr"] == pytest.approx(statistics.fmean(values))
     assert row["psnr_std"] == pytest.approx(statistics.stdev(values))
     assert "held-out objects" in (study / "study.md").read_text().lower()
-    assert (study / "study-object.svg").read_text().startswith("<svg")
+    for name in ("study-object.svg", "study-composition-frechet.svg"):
+        assert (study / name).read_text().startswith("<svg")
+
+
+def test_numbers_are_those_of_evaluate(study):
+    """A Fréchet distance over random features and over pixels, as ``evaluate reconstruction`` gives it for the same model."""
+    measured = json.loads((study / "002-none-1" / "study.json").read_text())["object"]["own"]
+    data = load_config(TokenizerTrainConfig, "study", overrides=TINY).data
+    pictures = collate([load_dataset(data, "object")[index] for index in range(8)])["images"]
+    tokenizer = TexTok.from_pretrained(study / "002-none-1" / "final", device="cpu")
+    made = tokenizer.decode(tokenizer.encode(pictures, None), None, output="uint8")
+    for network in load_networks(["random", "pixels"])[0]:
+        one, two = (gaussian(network(np.asarray(part))["pool"]) for part in (pictures, made))
+        assert measured[f"frechet_distance/{network.label}"] == pytest.approx(frechet_distance(one, two), rel=1e-4)
+    assert measured["psnr"] == pytest.approx(psnr(pictures, torch.as_tensor(made)), abs=1e-3)
 
 
 def test_again_trains_nothing_and_says_the_same(study):
@@ -90,42 +113,89 @@ def test_what_the_study_varies_is_no_setting():
         StudyConfig(Path("x"), seeds=[1, 1])
 
 
+def test_features_that_cannot_be_had_are_told_before_anything_is_trained(tmp_path):
+    out = tmp_path / "study"
+    with pytest.raises(InputError, match="no features inception"):
+        text_study(StudyConfig(out, features=["inception"]))
+    assert not out.exists()
+
+
 def rows(few_gain: float, many_gain: float, spread: float) -> list[dict]:
+    """Of three seeds: text in both with these gains in PSNR at 4 and 32 tokens, and a distance that falls by as much."""
     made = []
     for seed in (0, 1, 2):
         shift = spread * (seed - 1)
         for tokens, gain in ((4, few_gain), (32, many_gain)):
-            for text, value in (("none", 15.0), ("both", 15.0 + gain + shift)):
-                found = {"own": {"psnr": value, "ssim": value / 30}}
-                made.append({"tokens": tokens, "text": text, "seed": seed, "composition": found, "object": found})
+            gains_of = {"none": 0.0, "both": gain + shift * (tokens == 4), "encoder": gain, "decoder": gain / 2 + shift}
+            for text, value in gains_of.items():
+                found = {"psnr": 15 + value, "ssim": 0.5, "frechet_distance/random": 9 - value}
+                kinds = {"own": found} | ({"shuffled": {**found, "psnr": 14.0}} if text == "both" else {})
+                made.append({"tokens": tokens, "text": text, "seed": seed, "composition": kinds, "object": kinds})
     return made
 
 
+def finding(found: list[dict], question: str, metric: str, tokens: int | None = None) -> dict:
+    keys = ("composition", metric, tokens)
+    return next(f for f in found if question in f["question"] and (f["split"], f["metric"], f["tokens"]) == keys)
+
+
 @pytest.mark.parametrize(
-    ("few", "many", "spread", "word"),
-    [(4.0, 1.0, 0.1, ": confirmed"), (1.0, 4.0, 0.1, "the opposite"), (2.0, 1.9, 0.5, "neither")],
+    ("few", "many", "spread", "verdict"),
+    [(4.0, 1.0, 0.1, "confirmed"), (1.0, 4.0, 0.1, "the opposite was found"), (2.0, 1.9, 0.5, "undecided")],
 )
-def test_the_verdict_is_what_was_found(few, many, spread, word):
-    made = rows(few, many, spread)
-    said = findings({"tokens": [4, 32], "gains": gains(made), "means": means(made)})
-    assert len(said) == 2
-    assert all(word in each for each in said)
-    assert f"{few:+.2f} dB at 4 tokens" in said[0]
+@pytest.mark.parametrize("metric", ["psnr", "frechet_distance/random"])
+def test_the_verdict_on_fewer_tokens_is_what_was_found(few, many, spread, verdict, metric):
+    found = finding(findings(rows(few, many, spread)), "each doubling", metric)
+    assert found["verdict"].startswith(verdict)
+    assert found["value"] == pytest.approx((many - few) / 3)  # of three doublings
+    assert found["error"] == pytest.approx(stats.t.ppf(0.975, 2) * spread / 3 / 3**0.5, rel=1e-3)
+
+
+def test_the_verdict_on_places_is_of_each_number_of_tokens_too():
+    found = findings(rows(4.0, -4.0, 0.1))
+    assert finding(found, "encoder's text", "psnr", 4)["verdict"] == "confirmed"
+    assert finding(found, "encoder's text", "psnr", 32)["verdict"] == "the opposite was found"
+    assert finding(found, "encoder's text", "psnr")["verdict"].startswith("undecided")
+    assert finding(found, "encoder's text", "ssim", 4)["value"] == 0
+
+
+def test_captions_of_other_pictures_are_told():
+    found = finding(findings(rows(4.0, 1.0, 0.1)), "other pictures", "psnr")
+    assert (found["value"], found["verdict"]) == (-1, "worse")
+
+
+def test_one_seed_decides_nothing():
+    found = findings([row for row in rows(4.0, 1.0, 0.1) if row["seed"] == 0])
+    assert found and all(each["verdict"] == "undecided: one seed has no spread" and each["error"] is None for each in found)
+
+
+def test_quantiles_are_students():
+    for freedom, value in enumerate(STUDENT_T, start=1):
+        assert value == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
+
+
+def test_what_was_not_trained_is_not_told():
+    found = findings([row for row in rows(4.0, 1.0, 0.1) if row["text"] in ("none", "both")])
+    assert {each["question"] for each in found} and not any("encoder" in each["question"] for each in found)
 
 
 def test_error_bars_are_as_long_as_the_deviation():
     made = rows(4.0, 1.0, 0.5)
     result = {"means": means(made), "tokens": [4, 32]}
-    assert plot(result, "object").count("h8") == 2 * 2  # two ends on each of text's two points; none where there is no spread
+    drawn = plot(result, "object", "psnr").count("h8")
+    assert drawn == 2 * 3  # two ends on both's point at 4 tokens and on the decoder's two; none where there is no spread
     model = dict.fromkeys(("image_size", "latent_dim", "width", "encoder_depth", "decoder_depth"), 1)
     about = {
         "training": {"run": {"steps": 1, "batch_size": 1}, "model": model},
-        "machine": {"cpu": "c", "git_commit": "g"},
+        "machine": {"cpu": "c", "git_commit": "g", "gpus": []},
+        "features": {"random": {"title": "random features"}},
         "command": "x",
         "date": "2026-11-27",
         "pictures": 1,
         "seeds": [0, 1, 2],
         "data": {"composition": "", "object": ""},
         "gains": gains(made),
+        "findings": findings(made),
     }
-    assert "19.00 ± 0.50" in table({**result, **about})
+    text = table({**result, **about})
+    assert "19.00 ± 0.50" in text and "5.00 ± 0.500" in text and "4 | PSNR in dB" in text

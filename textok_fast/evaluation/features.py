@@ -21,6 +21,7 @@ from textok_fast.evaluation.inception import find_inception, load_inception
 from textok_fast.modeling.encoding import fingerprint
 
 PIXEL_GRID = 8  # pixels: of PixelNetwork, 3 x 8 x 8 = 192 numbers
+RANDOM_STAGES = (16, 32, 48, 64, 96)  # channels of RandomNetwork's stages, each at half the size of the one before: 256 numbers
 
 
 class FeatureNetwork(Protocol):
@@ -84,6 +85,48 @@ class PixelNetwork:
         return None
 
 
+class RandomNetwork:
+    """A small convolutional network with fixed random weights: edges, textures and shapes at five scales, no weights to get.
+
+    Random features tell sets of pictures apart where those trained on ImageNet do not fit (Naeem et al. 2020, arXiv 2002.09797,
+    section 5.1, with a VGG16). Here: five stages of two 3 x 3 convolutions and ReLU, halved by averaging between them, each
+    stage's mean over the picture. Weights are He-normal, from torch's CPU generator with seed 0; their hash is in ``identity``.
+    """
+
+    label, is_fid = "random", False
+    title = "the spatial means of a convolutional network with fixed random weights"
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        generator, before = torch.Generator().manual_seed(0), 3
+        self.stages = nn.ModuleList()
+        for width in RANDOM_STAGES:
+            layers: list[nn.Module] = []
+            for channels in (before, width):
+                layer = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+                layer.weight.data = (2 / (9 * channels)) ** 0.5 * torch.randn(layer.weight.shape, generator=generator)
+                layers += [layer, nn.ReLU()]
+            self.stages.append(nn.Sequential(*layers))
+            before = width
+        self.identity = {"network": "random", "weights": fingerprint(self.stages)}
+        self.stages.requires_grad_(False).to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        if min(pictures.shape[1:3]) < 16:
+            raise InputError(f"random features halve pictures four times: at least 16 x 16 px, got {pictures.shape[1:3]}")
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        means = []
+        with exact_convolutions():
+            for index, stage in enumerate(self.stages):
+                x = stage(F.avg_pool2d(x, 2) if index else x)
+                means.append(x.mean(dim=(2, 3)))
+        return {"pool": torch.cat(means, dim=1).cpu()}  # (B, 256)
+
+    def logits(self, pool: Tensor) -> None:
+        return None
+
+
 class TransformersNetwork:
     """The pooled features of a vision model of transformers (DINOv2, a CLIP's image tower, a ViT), by directory or Hub id."""
 
@@ -136,7 +179,7 @@ class ClipScore:
 def load_networks(
     names: Sequence[str], inception: str = "", sha256: str = "", device: str | torch.device = "cpu"
 ) -> tuple[list[FeatureNetwork], dict[str, str]]:
-    """The networks of "inception", "pixels" and others by directory or Hub id, and for each that cannot be had the reason.
+    """The networks of "inception", "pixels", "random" and others by directory or Hub id, and why one cannot be had.
 
     ``inception``, ``sha256``: as in :func:`~textok_fast.evaluation.inception.find_inception`; weights that were named and are
     not there are an InputError. So is a name twice.
@@ -148,6 +191,8 @@ def load_networks(
     for name in names:
         if name == "pixels":
             found.append(PixelNetwork())
+        elif name == "random":
+            found.append(RandomNetwork(device))
         elif name == "inception":
             try:
                 found.append(InceptionNetwork(inception, sha256, device))

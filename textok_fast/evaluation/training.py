@@ -1,14 +1,16 @@
 """How fast training steps are, and how near to what the machine can do: ``textok-fast bench training``.
 
 A step is what the training loop does between two batches, on inputs that lie on the device: forward, loss, backward, clipping,
-AdamW, moving average. All forms of a network and precision run in turn, round after round, on the same weights. Left out: data
-loading, the frozen text encoder, LPIPS and the discriminator.
+AdamW, moving average. The tokenizer is measured by itself and with LPIPS, the discriminator and its step, as published. All
+forms of a network and precision run in turn, round after round, on the same weights. Left out: data loading, the frozen text
+encoder, and R1's penalty, which is in one step of many.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from textok_fast.config import (
     GENERATOR_SIZES,
     TOKENIZER_SIZES,
+    DiscriminatorConfig,
     DiTConfig,
     LossConfig,
     OptimConfig,
@@ -36,11 +39,14 @@ from textok_fast.modeling import DiT, TexTok
 from textok_fast.modeling.text_encoders import TextFeatures
 from textok_fast.ops.device import resolve_device
 from textok_fast.ops.dispatch import use_backend
+from textok_fast.training.critic import GanCritic
+from textok_fast.training.loop import StepRandom
 from textok_fast.training.losses import tokenizer_loss
 from textok_fast.training.optim import ExponentialMovingAverage, build_optimizers
 from textok_fast.training.parallel import check_run, place, precision
+from textok_fast.training.perceptual import LPIPS
 
-SYSTEMS = ("tokenizer", "generator")
+SYSTEMS = ("tokenizer", "adversarial", "generator")
 # form -> what it is, and its settings of a run. "plain" has the operations' PyTorch references and AdamW as torch chooses it.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("eager PyTorch, no operation fused", {}),
@@ -57,8 +63,9 @@ class TrainingConfig:
     """What to measure. Sizes, batches and precisions left empty follow the device: TexTok-base and DiT-XL in bf16 on a GPU,
     TexTok-small and DiT-S in fp32 and bf16 on a CPU.
 
-    ``tokens`` a picture; ``image_size`` in pixels; ``text_length`` tokens of a caption, read by the tokenizer on both sides.
-    The generator is class-conditional on Gaussian diffusion, as published. ``rounds``: each form is timed once in each.
+    ``systems``: "adversarial" is the tokenizer with LPIPS over VGG16, the StyleGAN2 discriminator with LeCAM, and the adaptive
+    weight. ``tokens`` a picture; ``image_size`` in pixels; ``text_length`` tokens of a caption, read by the tokenizer on both
+    sides. The generator is class-conditional on Gaussian diffusion, as published. ``rounds``: each form is timed once in each.
     """
 
     systems: tuple[str, ...] = SYSTEMS
@@ -167,31 +174,67 @@ class TrainingResult:
         forms = "; ".join(f"{name}: {FORMS[name][0]}" for name in self.config.forms)
         notes = [
             f"{forms}.",
-            "A step: forward, loss, backward, clipping, AdamW, moving average; without data loading, text encoder, LPIPS and "
-            "discriminator. Share of the ceiling: FLOPs of forward and backward over time and over the fastest matrix product "
-            f"measured in the same run ({ceilings}).",
+            "A step: forward, loss, backward, clipping, AdamW, moving average, and where it is named LPIPS and the "
+            "discriminator's own step; without data loading, text encoder and R1's penalty. Share of the ceiling: FLOPs of "
+            f"forward and backward over time and over the fastest matrix product measured in the same run ({ceilings}).",
             f"{self.date}, {where}, {self.threads} thread(s), torch {self.machine['torch']}, commit "
             f"{self.machine['git_commit'] or 'unknown'}: `{self.command}`",
         ]
         return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
+class Judge:
+    """What the published loss of a tokenizer has beside l2, of random weights: LPIPS and a discriminator."""
+
+    def __init__(self, model: TexTok, batch: int, device: torch.device) -> None:
+        self.weights = LossConfig(lpips=1.0, gan=0.1, lecam=0.001)
+        with device:
+            self.perceptual = LPIPS()
+            discriminator = DiscriminatorConfig(stddev_group=math.gcd(batch, DiscriminatorConfig().stddev_group))
+            self.critic = GanCritic(self.weights, discriminator, model.config.image_size)
+        for head in self.perceptual.heads:
+            torch.nn.init.ones_(head)
+        self.last_layer = model.last_layer
+
+    def loss(self, output: Any, pixels: Tensor) -> Tensor:
+        opposition = self.critic.oppose(pixels, output.reconstruction)
+        return tokenizer_loss(output, pixels, self.weights, self.perceptual, opposition, self.last_layer)["loss"]
+
+    def own_loss(self, forward: Any, device: torch.device) -> Tensor:
+        """The discriminator's, on the pictures that :meth:`loss` judged last."""
+        return self.critic.loss(forward, StepRandom(0, 1, 0, 0, 1, device))["loss"]
+
+
 @dataclass(frozen=True)
 class System:
-    """A network to train and its loss on inputs that are drawn once."""
+    """A network to train and its loss on inputs that are drawn once. ``judged``: whether by a :class:`Judge` too."""
 
     name: str
     batch: int
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.device], tuple[Any, ...]]
-    loss: Callable[[nn.Module, tuple[Any, ...]], Tensor]
+    loss: Callable[..., Tensor]  # of the network, the inputs and a judge
+    judged: bool = False
+
+    def judge(self, model: nn.Module, device: torch.device) -> Judge | None:
+        if not self.judged:
+            return None
+        assert isinstance(model, TexTok)
+        return Judge(model, self.batch, device)
 
     def flops(self) -> int:
-        """Of one step's forward and backward pass, counted on the meta device."""
+        """Of one step's forward and backward passes, counted on the meta device."""
         meta = torch.device("meta")
         with meta:
             model = self.build()
-        return count_flops(lambda: self.loss(model, self.inputs(meta)).backward(), backward=True)
+        judge = self.judge(model, meta)
+
+        def step() -> None:
+            self.loss(model, self.inputs(meta), judge).backward()
+            if judge is not None:
+                judge.own_loss(judge.critic.model, meta).backward()
+
+        return count_flops(step, backward=True)
 
 
 def systems(config: TrainingConfig) -> dict[str, System]:
@@ -213,24 +256,22 @@ def systems(config: TrainingConfig) -> dict[str, System]:
         t = torch.arange(batch, device=device) * 37 % 1000
         return x[0], x[1], t, torch.arange(batch, device=device) % generator.num_classes
 
-    def tokenizer_step(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    def tokenizer_step(model: nn.Module, inputs: tuple[Any, ...], judge: Judge | None = None) -> Tensor:
         pixels, text = inputs
-        return tokenizer_loss(model(pixels, text), pixels, LossConfig())["loss"]
+        output = model(pixels, text)
+        return tokenizer_loss(output, pixels, LossConfig())["loss"] if judge is None else judge.loss(output, pixels)
 
-    def generator_step(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    def generator_step(model: nn.Module, inputs: tuple[Any, ...], judge: Judge | None = None) -> Tensor:
         x, noise, t, labels = inputs
         if x.is_meta:  # where the schedule's numbers are not
             return model(x, t, labels).float().mean()
         return process.training_losses(lambda x, t: model(x, t, labels).float(), x, t, noise)["loss"].mean()
 
+    name = f"TexTok-{config.tokenizer}, {config.tokens} tokens, {config.image_size} px"
+    of_tokenizer = (config.tokenizer_batch, lambda: TexTok(tokenizer), tokenizer_inputs, tokenizer_step)
     return {
-        "tokenizer": System(
-            f"TexTok-{config.tokenizer}, {config.tokens} tokens, {config.image_size} px",
-            config.tokenizer_batch,
-            lambda: TexTok(tokenizer),
-            tokenizer_inputs,
-            tokenizer_step,
-        ),
+        "tokenizer": System(name, *of_tokenizer),
+        "adversarial": System(f"{name}, LPIPS and discriminator", *of_tokenizer, judged=True),
         "generator": System(
             f"DiT-{config.generator} over {config.tokens} tokens",
             config.generator_batch,
@@ -314,13 +355,22 @@ def _step(
     network = place(own, run, device, 1)
     optimizers = build_optimizers(own, optim, fused=None if plain else True)
     average, taken = ExponentialMovingAverage(own, optim.ema_decay), 0
+    judge = system.judge(own, device)
+    if judge is not None:
+        opponent = place(judge.critic.model, run, device, 1)
+        opposing = build_optimizers(judge.critic.model, judge.critic.optim, fused=None if plain else True)
 
     def step() -> None:
         nonlocal taken
         with use_backend("reference") if plain else nullcontext():
             with precision(run, device):
-                loss = system.loss(network.forward, inputs)
+                loss = system.loss(network.forward, inputs, judge)
             network.descend(loss, optimizers, optim.grad_clip, 1, True)
+            if judge is not None:
+                with precision(run, device):
+                    loss = judge.own_loss(opponent.forward, device)
+                opponent.descend(loss, opposing, judge.critic.optim.grad_clip, 1, True)
+                judge.critic.end_step()
         average.update(own, taken)
         taken += 1
 
