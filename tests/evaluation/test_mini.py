@@ -80,6 +80,16 @@ def test_it_is_there_and_at_most_40_mb() -> None:
     assert vars(of_generator) == vars(generator.config)
 
 
+def test_the_scenes_are_the_data_sets(scenes: CaptionedImages, users_cache: None) -> None:
+    """Where the emoji can be had, the files are what the data set gives today."""
+    dataset = load_dataset(load_config(TokenizerTrainConfig, MINI).data, "composition")
+    if "Objects: emoji" not in dataset.describe():
+        pytest.skip("the emoji could not be fetched")
+    for index, example in enumerate(scenes):
+        assert example.caption == dataset[index].caption and example.key == dataset[index].key
+        assert np.array_equal(example.image, dataset[index].image)
+
+
 # -- what it does ------------------------------------------------------------------------------------------------------------
 
 
