@@ -93,8 +93,16 @@ class NpzPictures:
         """Of which Inception the statistics are; batches that do not say so are ADM's, of the published one."""
         if "inception_sha256" not in self.names:
             return PUBLISHED_SHA256
+        return self._text("inception_sha256")
+
+    @property
+    def crop(self) -> str:
+        """How its pictures were cropped; "" for a batch that does not say so."""
+        return self._text("crop") if "crop" in self.names else ""
+
+    def _text(self, name: str) -> str:
         with np.load(self.path, allow_pickle=False) as archive:
-            return str(archive["inception_sha256"])
+            return str(archive[name])
 
     def statistics(self, names: tuple[str, str] = STATISTICS) -> Gaussian | None:
         """Mean and covariance by their names in the file; None where it has none."""

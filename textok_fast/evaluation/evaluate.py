@@ -250,6 +250,10 @@ def evaluate_reconstruction(
         metrics |= _distribution_metrics("r", network, made, against, missing, options.device, manifold=False, spatial=False)
     if missing.get("inception"):
         missing["rFID, inception score"] = missing.pop("inception")
+    if isinstance(given, NpzPictures) and given.crop != (own := pictures.identity.get("crop", given.crop)):
+        says = f"was cropped by {given.crop}" if given.crop else "does not say how it was cropped (ADM's batches: by adm)"
+        if given.crop or own != "adm":
+            notes.append(f"{given.path.name} {says}, and these pictures by {own}: see --crop.")
     settings = {
         "model": model,
         "images": images,
@@ -499,6 +503,8 @@ def write_reference(images: str, out: Path, options: Options | None = None) -> d
     for (mean, covariance), name in ((STATISTICS, "pool"), (SPATIAL_STATISTICS, "spatial")):
         statistics[mean], statistics[covariance] = gaussian(features[name])
     statistics["inception_sha256"] = np.array(network.identity["sha256"])
+    if "crop" in pictures.identity:
+        statistics["crop"] = np.array(options.crop)
     kept = _spread(count)
     write_npz(out, (len(kept), *pictures.shape), (pictures.read(row, row + 1).pictures for row in kept), statistics)
     made = {"out": str(out), "pictures": count, "kept": len(kept), "crop": options.crop, "features": network.title}
