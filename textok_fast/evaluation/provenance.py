@@ -40,7 +40,7 @@ def machine_info() -> dict[str, Any]:
     """What ran the measurement, JSON-ready: processor, threads, instruction sets, memory, GPUs, versions, git commit.
 
     ``memory_bytes`` and the GPU entries are None or empty where unknown. ``git_commit`` ends in "+changes" when tracked
-    files differ from it; outside a checkout of this project it is what the environment's TEXTOK_COMMIT says, or None.
+    files differ from it, and is None outside a checkout of this project; the environment's TEXTOK_COMMIT comes before both.
     """
     return {
         "cpu": _cpu_model(),
@@ -104,10 +104,12 @@ def _driver_version() -> str | None:
 
 
 def _git_commit() -> str | None:
+    if given := os.environ.get("TEXTOK_COMMIT"):  # of a copy whose .git is missing or older, as benchmarks/on_gpu.sh measures it
+        return given
     root = Path(textok_fast.__file__).resolve().parents[1]
     top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
     if not top or Path(top).resolve() != root:  # installed somewhere inside another project's checkout
-        return os.environ.get("TEXTOK_COMMIT") or None  # of a copy without .git, as benchmarks/on_gpu.sh measures it
+        return None
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return f"{commit}+changes" if commit and changed else commit or None
