@@ -595,10 +595,13 @@ class GeneratorTrainConfig:
     # How many pictures' tokens are computed once and trained on; of more pictures data.seed draws them. 0: all pictures of
     # files, 8,192 generated scenes.
     cache_images: int = 0
+    # Of a picture with several captions so many are encoded, of which training draws one by run.seed, epoch and key; 0: all.
+    cache_captions: int = 0
     token_cache: str = ""  # directory of the cached tokens; default: inside the run
 
     def __post_init__(self) -> None:
-        _require_range(self, "cache_images", 0)
+        for name in ("cache_images", "cache_captions"):
+            _require_range(self, name, 0)
         if self.objective == "flow" and self.prediction != "epsilon":
             raise InputError(f"prediction={self.prediction} is for objective=gaussian; a flow predicts its velocity")
         for name in ("min_snr_gamma", "logit_std"):

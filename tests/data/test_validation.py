@@ -35,7 +35,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, write_image: Callable[
 
 def said(config: DataConfig, split: str, **settings: Any) -> set[str]:
     found: CaptionedImages = load_dataset(DataConfig(**{**vars(config), **settings}), split)
-    captions = [found.caption_of(index) for index in range(len(found))]
+    captions = [found.captions(index)[0] for index in range(len(found))]
     assert captions == [example.caption for example in found]  # without decoding, the same
     return set(captions)
 

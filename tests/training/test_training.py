@@ -630,6 +630,53 @@ def test_a_part_of_the_pictures_is_drawn_by_the_datas_seed(
     assert "20 of them, drawn by data.seed=0" in told
 
 
+@pytest.mark.parametrize("text", ["both", "decoder"])
+@pytest.mark.parametrize("cache_captions", [0, 1])
+def test_a_generator_learns_from_all_captions(
+    train_config: TrainConfig,
+    make_tokenizer: Callable[..., TexTok],
+    loads_fake_text: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    cache_captions: int,
+) -> None:
+    """Each with its tokens, drawn anew in every epoch, and alike when the run is repeated."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(9):
+        color = np.full((16, 16, 3), 20 * i, dtype=np.uint8)
+        Image.fromarray(color).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"gray {i}\nlevel {i}")
+    tokenizer = make_tokenizer(text=text)
+    directory = tokenizer.save_pretrained(tmp_path / "tokenizer")
+    batches: list[tuple[list[str], list[str], torch.Tensor]] = []
+    usual = GeneratorTask.loss
+
+    def loss(self: GeneratorTask, model: Any, batch: dict[str, Any], rng: StepRandom) -> dict[str, torch.Tensor]:
+        batches.append((batch["keys"], batch["captions"], batch["tokens"].clone()))
+        return usual(self, model, batch, rng)
+
+    monkeypatch.setattr(GeneratorTask, "loss", loss)
+    seen = []
+    for name in ("run", "again"):
+        batches.clear()
+        data = {"source": "folder", "path": str(tmp_path / "pictures")}
+        train = train_config(tmp_path / name, {"steps": 8, "batch_size": 4}, data)
+        config = generator_config(directory, train, objective="gaussian", num_classes=0, text_dim=8)
+        config.cache_captions, config.cache_images = cache_captions, 0
+        train_generator(config, progress=False)
+        seen.append([(key, caption) for keys, captions, _ in batches for key, caption in zip(keys, captions, strict=True)])
+    assert seen[0] == seen[1] and len(seen[0]) == 32
+    words = {caption.split()[0] for _, caption in seen[0]}
+    assert words == ({"gray"} if cache_captions else {"gray", "level"})
+    for keys, captions, tokens in batches:
+        for key, caption, found in zip(keys, captions, tokens, strict=True):
+            assert caption.split()[1] == key
+            picture = torch.full((1, 16, 16, 3), 20 * int(key), dtype=torch.uint8)
+            wanted = tokenizer.encode(picture, [caption]).as_subclass(torch.Tensor)[0]
+            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
 def test_the_label_is_dropped_to_the_null_class(
     train_config: TrainConfig, tokenizer_directory: Path, loads_fake_text: Any, tmp_path: Path
 ) -> None:
@@ -755,8 +802,8 @@ def test_the_token_cache_goes_on_where_it_stopped(
     write(tmp_path / "whole")
     resumed, whole = TokenDataset(tmp_path / "cache"), TokenDataset(tmp_path / "whole")
     assert len(resumed) == 21
-    assert torch.equal(resumed.tokens, whole.tokens)
-    assert torch.equal(resumed.labels, whole.labels)
+    for found, wanted in zip(resumed, whole, strict=True):
+        assert torch.equal(found["tokens"], wanted["tokens"]) and found["label"] == wanted["label"]
     assert (resumed.keys, resumed.captions) == (whole.keys, whole.captions)
     example = dataset[20]
     assert (resumed[20]["caption"], resumed[20]["key"], int(resumed[20]["label"])) == example[1:2] + example[3:4] + example[2:3]

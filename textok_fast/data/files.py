@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -159,6 +160,13 @@ class FileDataset(CaptionedImages):
         found: str = self._keys[self._position(index)]
         return found
 
+    @functools.cached_property
+    def several_captions(self) -> bool:  # type: ignore[override]
+        return any("\n" in self._records.captions[row] for row in self._rows)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._record(self._position(index)).captions
+
     def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
         """The files as they are; None for a corrupt one."""
         positions = [self._position(index) for index in indices]
@@ -173,9 +181,6 @@ class FileDataset(CaptionedImages):
                 continue
             found.append(RawPicture(self._keys[position], _bytes(data), kind, record.captions, record.label))
         return found
-
-    def caption_of(self, index: int) -> str:
-        return (self._record(self._position(index)).captions or ("",))[0]
 
     def captions_by_label(self, limit: int) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
@@ -216,10 +221,19 @@ def draw_example(index: int, key: str, data: bytes, captions: Sequence[str], lab
     """The example of an index that may be a :class:`~textok_fast.data.base.Draw`; an error of the decoder if it is corrupt."""
     rng, caption = None, captions[0] if captions else ""
     if isinstance(index, Draw):
-        rng = np.random.default_rng(stable_hash("draw", index.seed, index.epoch, key))
+        rng = _draws(index, key)
         if len(captions) > 1:
             caption = captions[int(rng.integers(len(captions)))]
     return Example(decode_image(data, crop, rng), caption, label, key)
+
+
+def draw_caption(index: Draw, key: str, count: int) -> int:
+    """Which of ``count`` captions of a picture :func:`draw_example` takes."""
+    return int(_draws(index, key).integers(count)) if count > 1 else 0
+
+
+def _draws(index: Draw, key: str) -> np.random.Generator:
+    return np.random.default_rng(stable_hash("draw", index.seed, index.epoch, key))
 
 
 def _bytes(data: bytes | Exception) -> bytes:

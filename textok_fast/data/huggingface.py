@@ -224,6 +224,8 @@ class HuggingFaceStream(CaptionedImages):
         self._stream: Iterator[Mapping[str, Any]] | None = None
         self._at = 0  # the place in the stream that comes next
         self._bad: set[int] = set()
+        told = rows.features.get(columns.caption) if columns.caption else None
+        self.several_captions = told is not None and getattr(told, "dtype", "") not in ("string", "large_string")
 
     def __getstate__(self) -> dict[str, Any]:  # another process opens the stream for itself
         return {**self.__dict__, "_windows": OrderedDict(), "_stream": None, "_at": 0}
@@ -231,8 +233,11 @@ class HuggingFaceStream(CaptionedImages):
     def __len__(self) -> int:
         return self._length
 
-    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+    def epoch_order(self, seed: int, epoch: int, batch: int, rows: Sequence[int] | None = None) -> np.ndarray | None:
         rng = np.random.default_rng([2, seed, epoch])
+        if rows is not None:  # windows of the stream, of which ``rows`` may skip much
+            order = np.argsort(np.asarray(rows) // self._buffer + rng.random(len(rows)))
+            return order[: len(order) // batch * batch].astype(np.int64)
         return order_by_runs(np.array([0, len(self)]), rng, batch, self._buffer, streams=1)
 
     def _window(self, number: int) -> list[Mapping[str, Any]]:
@@ -285,6 +290,9 @@ class HuggingFaceStream(CaptionedImages):
 
     def key(self, index: int) -> str:
         return unique_keys([f"{self._key_prefix}/{self._first + self._position(index):09d}"])[0]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._columns.captions(self._row(self._position(index)))
 
     def fetch(self, indices: Sequence[int]) -> list[Example | None]:
         found: dict[int, Example | None] = {}

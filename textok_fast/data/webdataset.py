@@ -121,13 +121,13 @@ class WebDataset(FileDataset):
         except OSError as error:  # of a local shard
             raise InputError(f"cannot read the shards of {self._where}: {error}") from None
 
-    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+    def epoch_order(self, seed: int, epoch: int, batch: int, rows: Sequence[int] | None = None) -> np.ndarray | None:
         """Shards in random order, cut into ``read_streams`` streams, each shuffled within windows of ``shuffle_buffer``.
 
         A batch has an equal share of every stream (of as many as divide it), so that it mixes pictures of distant places while
         each stream is read nearly in order. Depends on the arguments and the data alone: not on processes or loader workers.
         """
-        shards = self._records.places[self._rows, 0]
+        shards = self._records.places[self._rows if rows is None else self._rows[np.asarray(rows)], 0]
         if len(shards) <= self._buffer:
             return None
         _, starts = np.unique(shards, return_index=True)  # the rows of a shard are neighbours

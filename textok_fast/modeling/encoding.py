@@ -25,6 +25,11 @@ def encode_function(tokenizer: TexTok | LatentTokenizer) -> Callable[[Tensor, li
     return encode
 
 
+def reads_captions(tokenizer: Any) -> bool:
+    """Whether captions change a tokenizer's tokens."""
+    return isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder
+
+
 def token_identity(tokenizer: TexTok | LatentTokenizer, data: dict[str, Any]) -> dict[str, Any]:
     """What a directory of tokens records about its making: the tokenizer's weights by hash, its configuration, the data.
 

@@ -237,6 +237,8 @@ def train_generator(
         count=count,
         seed=config.data.seed,
         batch_size=64,
+        captions=config.cache_captions if tokenizer.config.text_in_encoder or config.model.text_dim else 1,  # who reads them
+        reads_captions=tokenizer.config.text_in_encoder,
         part=(processes.process_index, processes.num_processes),
         progress=on_cache if processes.is_main_process else None,
     )
