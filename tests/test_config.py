@@ -209,6 +209,22 @@ def test_impossible_generator_settings_name_the_key(overrides: str) -> None:
     assert BAD_GENERATOR[overrides] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config_class", "override", "message"),
+    [
+        (TokenizerTrainConfig, "data.pth=x", r"TokenizerTrainConfig has no setting data\.pth; did you mean data\.path\?"),
+        (TokenizerTrainConfig, "batch_size=8", r"no setting batch_size; did you mean run\.batch_size\?"),
+        (GeneratorTrainConfig, "modle.size=XL", r"no setting modle; did you mean model\?"),
+        (GeneratorTrainConfig, "model.sise=XL", r"no setting model\.sise; did you mean model\.size\?"),
+        (DataConfig, "sourc=emoji", r"DataConfig has no setting sourc; did you mean source\?"),
+        (DataConfig, "xyzzy=1", r"no setting xyzzy; known: source, path, image_size, .*read_streams, huggingface$"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(config_class: Any, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(config_class, overrides=[override])
+
+
 @pytest.mark.parametrize(("objective", "scale"), [("flow", 1000.0), ("gaussian", 1.0)])
 def test_the_time_scale_follows_the_objective(objective: Any, scale: float) -> None:
     model = DiTConfig.named("tiny", num_tokens=4, learn_sigma=False)

@@ -13,13 +13,16 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import textok_fast
 from textok_fast import _native
+from textok_fast.recipes import recipe_about, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,7 +120,6 @@ def test_the_library_is_here_where_it_can_be_built() -> None:
         pytest.skip("no compiler or no CMake here")
     status = _native.load()
     assert status.available, f"{status.reason}; build it: ./run setup, or pip install --no-build-isolation -e ."
-    import torch
 
     # What the sources define, the library must have: one left by an older build would silently run fewer operations.
     schemas = re.findall(r'"(\w+)\(', "".join((ROOT / "csrc/cpu/ops.cpp").read_text(encoding="utf-8").split("m.def(")[1:]))
@@ -153,8 +155,6 @@ def test_damaged_files_are_a_reason_not_an_error(tmp_path: Path, report: str) ->
 def test_an_older_or_odd_library_is_a_reason_not_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, available: bool, said: str
 ) -> None:
-    import torch
-
     (tmp_path / _native.LIBRARY).touch()
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.ops.textok_fast, "build_info", lambda: text, raising=False)
@@ -197,6 +197,59 @@ def test_every_source_package_is_installed(setup_script: ModuleType) -> None:
     }
     assert found | {"textok_fast.export"} <= set(setup_script.packages)
     assert len(setup_script.packages) == len(set(setup_script.packages))
+
+
+# Reads the weights and a recipe where no connection can be made.
+OFFLINE = """
+import json, socket
+def refuse(*args, **options):
+    raise OSError("no network in this test")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch, textok_fast
+from textok_fast.recipes import recipe_about, recipe_names
+tokenizer = textok_fast.TexTok.from_pretrained("textok-mini")
+tokens = tokenizer.encode(torch.full((1, 64, 64, 3), 90, dtype=torch.uint8), ["cow top left; red background"])
+depth = textok_fast.DiT.from_pretrained("textok-mini").config.depth
+about = {name: recipe_about(name) for name in recipe_names()}
+print(json.dumps([textok_fast.__file__, tokens.flatten().tolist(), depth, about]))
+"""
+
+
+def test_a_wheel_brings_weights_and_recipes(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    without = shutil.ignore_patterns("__pycache__", "*.so", _native.REPORT)
+    for name in ("textok_fast", "export"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=without)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = (
+        "import sys; from setuptools import build_meta\n"
+        "build_meta.build_wheel(sys.argv[1], {'--build-option': ['--compression=stored']})"  # weights do not get smaller
+    )
+    environment = {**os.environ, "TEXTOK_NATIVE": "0", "TEXTOK_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("textok_fast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    for folder in ("pretrained", "recipes"):
+        wanted = {path.relative_to(source) for path in (source / "textok_fast" / folder).rglob("*") if path.is_file()}
+        found = {path.relative_to(unpacked) for path in (unpacked / "textok_fast" / folder).rglob("*") if path.is_file()}
+        assert found == wanted and len(wanted) > 5, folder
+    environment["PYTHONPATH"] = str(unpacked)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    file, tokens, depth, about = json.loads(done.stdout)
+    assert Path(file).is_relative_to(unpacked)
+    picture = torch.full((1, 64, 64, 3), 90, dtype=torch.uint8)
+    own = textok_fast.TexTok.from_pretrained("textok-mini").encode(picture, ["cow top left; red background"])
+    torch.testing.assert_close(torch.tensor(tokens), own.flatten().as_subclass(torch.Tensor), atol=1e-3, rtol=1e-3)
+    assert depth == 6 and about == {name: recipe_about(name) for name in recipe_names()}
 
 
 @pytest.mark.parametrize(

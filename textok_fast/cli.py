@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: nothing to tell anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ConnectionError as error:  # of another process of the run, or of the network
+        from textok_fast.training.parallel import leave
+
+        return leave(_fail(str(error)))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(
@@ -190,6 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--format", choices=("safetensors", "webdataset"), default="safetensors")
     encode.add_argument("--batch-size", type=int, default=32)
     encode.add_argument("--shard-size", type=int, default=1024, help="pictures a shard (default: %(default)s)")
+    encode.add_argument("--captions", type=int, default=0, metavar="N",
+        help="of a picture with several so many are encoded, each with tokens of its own (default: all)")  # fmt: skip
     encode.add_argument("--workers", type=int,
         help="processes, on this machine's GPUs in turn (default: 1); with --ray actors (default: as it has room)")  # fmt: skip
     encode.add_argument(
@@ -370,6 +376,9 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument("--batch-size", type=int, default=32, help="of the models (default: %(default)s)")
         task.add_argument("--part-size", type=int, default=64, metavar="N",
             help="pictures whose results are kept together: what a stopped run loses (default: %(default)s)")  # fmt: skip
+        task.add_argument("--crop", choices=("center", "adm"), default="center",
+            help="of pictures in files: the center square resized by Lanczos, or by the steps that made ADM's reference "
+            "batches and published numbers, adm (default: %(default)s)")  # fmt: skip
         _plan_options(task)
     for task in (generation, text, reference):
         task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
@@ -650,6 +659,7 @@ def run_encode(args: argparse.Namespace) -> dict[str, Any]:
             advance,
             workers=args.workers if args.workers is not None else int(args.ray is None),
             ray=args.ray,
+            captions=args.captions,
         )
     skipped = "".join(f", skipped {count} ({reason})" for reason, count in report["skipped"].items() if count)
     print(
@@ -774,6 +784,7 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     with _progress(args.task, args.json or not processes.is_main) as advance:
         given: dict[str, Any] = {
             "count": args.count,
+            "crop": args.crop,
             "plan": _plan(args, args.batch_size),
             "batch_size": args.batch_size,
             "part_size": args.part_size,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -270,7 +271,8 @@ class HuggingFaceConfig:
     """Of ``data.source=huggingface``: which part of the data set, and which of its columns."""
 
     subset: str = ""  # the data set's configuration, where it has several
-    split: str = "train"  # of the data set; our validation split is cut from it as from files
+    split: str = "train"  # of the data set; our validation split is cut from it as from files, unless the next names one
+    validation_split: str = ""  # of the data set: what "validation" is, as data.validation_path of files
     revision: str = ""  # a commit or tag, so that the data cannot change between a run and its continuation
     streaming: bool = False  # read while training instead of downloading before it; docs/data.md says what that costs
     length: int = 0  # streaming: pictures in an epoch; 0: as many as the data set says that it has
@@ -301,6 +303,10 @@ class DataConfig:
     crop_min: float = 0.8  # crop=random: the square's side is at least this share of the short side (ADM: 0.8)
     flip: bool = False  # files: half of the training pictures mirrored, whatever their captions say of left and right
     caption_lines: bool = True  # files: each line of a .txt is a caption; False: the lines are one caption
+    # Files: what training does not see, for previews and for captions of classes. A share of ``path`` (0: all of it trains), or
+    # with validation_path the pictures there, of the same source: then all of ``path`` trains.
+    validation_share: float = 0.05
+    validation_path: str = ""
     # Shards and streams are read nearly in order: an epoch shuffles the shards and then within windows of so many pictures,
     # and each batch is composed of ``read_streams`` such windows in different places.
     shuffle_buffer: int = 4096
@@ -313,6 +319,18 @@ class DataConfig:
         for name in ("shuffle_buffer", "read_streams"):
             _require_positive(self, name)
         _require_range(self.huggingface, "length", 0)
+        if not 0 <= self.validation_share < 1:
+            raise InputError(f"validation_share must be in [0, 1), got {self.validation_share}")
+        if self.validation_path and self.source == "huggingface":
+            raise InputError(
+                "data.validation_path is for folders and shards; with data.source=huggingface leave it empty "
+                "(data.validation_path=) and name the data set's split: data.huggingface.validation_split=validation"
+            )
+
+    @property
+    def held_out_at(self) -> str:
+        """Where the validation pictures are: a path, or a Hugging Face data set's split; "": a share of ``path``."""
+        return self.huggingface.validation_split if self.source == "huggingface" else self.validation_path
 
 
 @dataclass
@@ -361,7 +379,8 @@ class OptimConfig(AdamConfig):
 @dataclass
 class LossConfig:
     """Weights of the tokenizer's loss terms, and what shapes them; a weight of 0 skips its term. docs/training.md has the
-    formulas. ``gan`` above 0 trains a discriminator beside the tokenizer."""
+    formulas, of pixels in [-1, 1], and what weights for [0, 1] are here. ``gan`` above 0 trains a discriminator beside the
+    tokenizer."""
 
     l2: float = 1.0
     gradient: float = 0.0  # l1 between image gradients at three scales: a cheap perceptual stand-in, nothing to download
@@ -576,10 +595,13 @@ class GeneratorTrainConfig:
     # How many pictures' tokens are computed once and trained on; of more pictures data.seed draws them. 0: all pictures of
     # files, 8,192 generated scenes.
     cache_images: int = 0
+    # Of a picture with several captions so many are encoded, of which training draws one by run.seed, epoch and key; 0: all.
+    cache_captions: int = 0
     token_cache: str = ""  # directory of the cached tokens; default: inside the run
 
     def __post_init__(self) -> None:
-        _require_range(self, "cache_images", 0)
+        for name in ("cache_images", "cache_captions"):
+            _require_range(self, name, 0)
         if self.objective == "flow" and self.prediction != "epsilon":
             raise InputError(f"prediction={self.prediction} is for objective=gaussian; a flow predicts its velocity")
         for name in ("min_snr_gamma", "logit_std"):
@@ -716,7 +738,29 @@ def from_mapping(cls: type[C], values: Mapping[str, Any]) -> C:
         if isinstance(cause, InputError):
             raise cause from None
         where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        if first["type"] == "unexpected_keyword_argument":
+            raise InputError(f"{cls.__name__} has no setting {where}; {_nearest_setting(cls, where)}") from None
         raise InputError(f"{cls.__name__}: {where}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _nearest_setting(cls: type, given: str) -> str:
+    """What somebody may have meant by a setting that there is not."""
+    names = list(_setting_names(cls))
+    if near := difflib.get_close_matches(given, names, n=1):
+        return f"did you mean {near[0]}?"
+    group = given.rpartition(".")[0]
+    return f"known: {', '.join(name for name in names if name.rpartition('.')[0] == group)}"
+
+
+def _setting_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """All settings, groups among them: "data", "data.source" and so on."""
+    if hasattr(cls, "named"):
+        yield f"{prefix}size"
+    for item in dataclasses.fields(cls):
+        yield f"{prefix}{item.name}"
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            yield from _setting_names(type(default), f"{prefix}{item.name}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

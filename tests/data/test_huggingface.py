@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from textok_fast.config import DataConfig, from_mapping
 from textok_fast.data import CaptionedImages, Draw, PackOptions, load_dataset, pack
 from textok_fast.data.huggingface import HuggingFaceStream
+from textok_fast.data.token_cache import TokenDataset, write_token_shards
 from textok_fast.errors import InputError
 from textok_fast.training.loop import StepBatches
 
@@ -139,3 +141,59 @@ def test_a_hugging_face_data_set_is_packed(saved: Path, tmp_path: Path, streamin
     config = DataConfig(source="webdataset", path=str(tmp_path / "out"), image_size=8)
     back = load_dataset(config, "all", need_captions=False)
     assert [(e.image.tobytes(), e.caption, e.label) for e in back] == [row[:3] for row in examples(source)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_of_the_data_set_is_held_out(saved: Path, tmp_path_factory: pytest.TempPathFactory, streaming: bool) -> None:
+    folder = tmp_path_factory.mktemp(
+        "hub"
+    )  # `datasets` reads splits from directories' names too, and tmp_path has "test" in its own
+    for name, part in (("train", 0), ("test", 2)):
+        (folder / f"{name}.parquet").write_bytes((saved / "parquet" / f"train-{part:05d}-of-00003.parquet").read_bytes())
+    options = {"need_captions": False, "streaming": streaming, "validation_split": "test", "shuffle_buffer": 4}
+    if streaming:
+        options["length"] = 14
+    train, everything = (examples(read(folder, split, **options)) for split in ("train", "all"))
+    assert train == everything and len(train) == 14
+    if streaming:  # parquet files do not say how many rows the other split has
+        with pytest.raises(InputError, match=r"\(test\) does not say how many pictures it has"):
+            read(folder, "validation", **options)
+    else:
+        validation = examples(read(folder, "validation", **options))
+        assert [row[1] for row in validation][-1] == "number 39" and len(validation) == 13
+    with pytest.raises(InputError, match=r"huggingface\.validation_split=validation"):
+        DataConfig(source="huggingface", path=str(folder), validation_path="elsewhere")
+
+
+def test_all_captions_of_a_stream_are_encoded_reading_it_once(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    usual = HuggingFaceStream._next_row
+
+    def counted(self: HuggingFaceStream) -> Any:
+        rows.append(self._at)
+        return usual(self)
+
+    def encode(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        return {"tokens": torch.tensor([[[float(len(caption))]] for caption in captions])}
+
+    monkeypatch.setattr(HuggingFaceStream, "_next_row", counted)
+    stream = read(saved / "parquet", "train", streaming=True, length=COUNT, shuffle_buffer=8)
+    assert stream.several_captions
+    settings: dict[str, Any] = {"identity": {}, "batch_size": 5, "shard_size": 16, "captions": 0}
+    write_token_shards(tmp_path / "tokens", stream, encode, **settings)
+    assert rows == list(range(COUNT))  # once, from its beginning
+    tokens = TokenDataset(tmp_path / "tokens")
+    numbers = [k for k in range(2, COUNT) if k % 5]
+    assert tokens.keys == [stream.key(k - 2) for k in numbers]
+    for place, k in enumerate(numbers):
+        drawn = [tokens[Draw(place, 0, epoch)] for epoch in range(12)]
+        assert {item["caption"] for item in drawn} == {f"number {k}", f"the {k}th"} == {*stream.captions(k - 2)}
+        assert all(float(item["tokens"]) == len(item["caption"]) for item in drawn)
+    # The pictures beside these tokens keep the stream's windows.
+    assert isinstance(stream, HuggingFaceStream)
+    order = stream.epoch_order(1, 0, 4, [k - 2 for k in numbers])
+    assert order is not None and len(set(order.tolist())) == len(numbers) // 4 * 4
+    windows = [(numbers[place] - 2) // 8 for place in order]
+    assert windows == sorted(windows) and list(order) != sorted(order)

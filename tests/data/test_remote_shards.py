@@ -202,6 +202,52 @@ def test_any_file_system_of_fsspec(tmp_path: Path) -> None:
             read("s3://bucket/x.tar")
 
 
+def test_s3_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs against a server that answers as S3 does."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    import boto3
+    import s3fs
+
+    local = [write_tar(tmp_path / f"{number}.tar", 40 * number, 40, size=32) for number in range(2)]
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+        for name, value in {**settings, "DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for file in local:
+            client.upload_file(str(file), "bucket", f"set/{file.name}")
+        asked: list[tuple[int, int]] = []
+        usual = s3fs.S3FileSystem._cat_file
+
+        async def cat_file(self: Any, path: str, version_id: Any = None, start: Any = None, end: Any = None) -> Any:
+            asked.append((start, end))
+            return await usual(self, path, version_id=version_id, start=start, end=end)
+
+        wanted = read(str(tmp_path / "{0,1}.tar"))
+        for path in ("s3://bucket/set", "s3://bucket/set/*.tar", "s3://bucket/set/{0..1}.tar"):
+            assert same(read(path), wanted)
+        dataset = read("s3://bucket/set")
+        monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", cat_file)
+        (example,) = dataset.fetch([57])
+        assert example is not None and np.array_equal(example.image, wanted[57].image)
+        ((start, end),) = asked
+        assert 0 < end - start < local[1].stat().st_size / 10  # one request, of the picture alone
+        client.delete_object(Bucket="bucket", Key="set/1.tar")
+        with pytest.raises(InputError, match="can no longer be read"):
+            dataset.fetch([58])
+        with pytest.raises(InputError, match=r"no \.tar shard matches"):
+            read("s3://bucket/other")
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_parts_are_joined_and_cut_again(tmp_path: Path) -> None:
     file = tmp_path / "bytes"
     data = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()

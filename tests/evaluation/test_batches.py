@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from textok_fast.data import DataConfig, load_dataset, write_shards
+from textok_fast.data import DataConfig, load_dataset, pack, write_shards
 from textok_fast.errors import InputError
 from textok_fast.evaluation.batches import SPATIAL_STATISTICS, NpzPictures, open_pictures, write_npz
 from textok_fast.evaluation.inception import PUBLISHED_SHA256
@@ -125,6 +125,38 @@ def test_a_folder_in_the_order_of_its_keys(folder: Path) -> None:
     assert open_pictures(folder, image_size=8).read(2, 4).pictures.shape == (2, 8, 8, 3)
     with pytest.raises(InputError, match="6 pictures were asked for, of a set of 5"):
         open_pictures(folder, count=6)
+
+
+def adms_center_crop(file: Path, size: int) -> np.ndarray:
+    """ADM's data loader written out: openai/guided-diffusion, guided_diffusion/image_datasets.py, ``center_crop_arr``."""
+    picture = Image.open(file).convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.size[0] // 2, picture.size[1] // 2), resample=Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.size[0] * scale), round(picture.size[1] * scale)), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_pictures_are_cropped_as_adms_reference_was(tmp_path: Path, form: str) -> None:
+    sizes = [(75, 50), (31, 97), (16, 16), (33, 32), (9, 40), (64, 64), (129, 67)]
+    (tmp_path / "photos").mkdir()
+    for i, (width, height) in enumerate(sizes):
+        noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise if i % 2 else noise[..., 0]).save(tmp_path / "photos" / f"{i}.png")  # gray ones too
+    where = tmp_path / "photos"
+    if form == "shards":
+        where = tmp_path / "shards"
+        pack(load_dataset(DataConfig(source="folder", path=str(tmp_path / "photos")), "all", need_captions=False), where)
+    found = {crop: open_pictures(where, 16, crop=crop) for crop in ("center", "adm")}
+    wanted = np.stack([adms_center_crop(tmp_path / "photos" / f"{i}.png", 16) for i in range(len(sizes))])
+    np.testing.assert_array_equal(found["adm"].read(0, len(sizes)).pictures, wanted)
+    assert (found["center"].read(0, len(sizes)).pictures != wanted).any((1, 2, 3)).sum() == len(sizes) - 1  # but the 16 x 16
+    assert found["center"].identity != found["adm"].identity and found["center"].identity == open_pictures(where, 16).identity
+    with pytest.raises(InputError, match="center or adm, got 'random'"):
+        open_pictures(where, 16, crop="random")  # type: ignore[arg-type]
 
 
 def test_other_pictures_under_the_old_names_are_other_pictures(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import string
 import subprocess
@@ -352,6 +353,57 @@ def test_prompts_are_taken_in_turn(
     np.testing.assert_allclose(made.astype(int), own.images.numpy().astype(int), atol=1)
     with pytest.raises(InputError, match="--prompts"):
         evaluate_text(str(pipeline), tmp_path / "none", clip=str(clip[0]))
+
+
+def test_captions_are_read_without_decoding(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(work / "photos", tmp_path / "photos")
+    wanted = evaluate.open_pictures(folder, image_size=8).read(0, 4).captions
+    monkeypatch.setattr("textok_fast.data.files.decode_image", None)
+    assert evaluate.captions_of(folder)[:4] == wanted
+    samples = [{"image": f"{k}.png", "caption": text} for k, text in enumerate(["a cow", ""])]
+    for sample in samples:
+        Image.new("RGB", (8, 8)).save(tmp_path / sample["image"])
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    assert evaluate.captions_of(tmp_path) == ["a cow"]
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(InputError, match="have no captions"):
+        evaluate.captions_of(folder)
+
+
+def test_the_crop_belongs_to_a_result(work: Path, tmp_path: Path) -> None:
+    """Of pictures and reference alike: a stopped run does not go on with another."""
+    (tmp_path / "wide").mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 55, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "wide" / f"{i}.png")
+    model, wide = str(work / "tokenizer"), str(tmp_path / "wide")
+    found = {}
+    for crop in ("center", "adm"):
+        options = Options(features=["pixels"], crop=crop)  # type: ignore[arg-type]
+        found[crop] = evaluate_reconstruction(model, wide, tmp_path / crop, options=options)
+        assert found[crop] is not None and found[crop].settings["crop"] == crop
+    distances = [each.metrics["frechet_distance/pixels"].value for each in found.values() if each is not None]
+    assert distances[0] != distances[1]
+    with pytest.raises(InputError, match="crop"):
+        evaluate_reconstruction(model, wide, tmp_path / "center", options=Options(features=["pixels"], crop="adm"))
+    # A reference batch remembers its crop, and a report says where the pictures have another; ADM's do not say.
+    inception = str(work / "inception.pth")
+    write_reference(wide, tmp_path / "own.npz", Options(inception=inception, image_size=16, crop="adm"))
+    np.savez(tmp_path / "adms.npz", arr_0=drawn(3))
+    for crop in ("center", "adm"):
+        for reference, words in (
+            ("own.npz", "was cropped by adm, and these pictures by center"),
+            ("adms.npz", "does not say how"),
+        ):
+            options = Options(features=["pixels"], crop=crop)  # type: ignore[arg-type]
+            batch = str(tmp_path / reference)
+            report = evaluate_reconstruction(model, wide, tmp_path / f"{crop}-{reference}", reference=batch, options=options)
+            assert report is not None and (words in " ".join(report.notes)) is (crop == "center")
+    # The reference's pictures are brought to their size by the same steps as the samples.
+    options = Options(features=["pixels"], image_size=16, crop="adm")
+    same = evaluate_generation(wide, tmp_path / "same", reference=wide, options=options)
+    assert same is not None and same.metrics["frechet_distance/pixels"].value < 1e-9
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------

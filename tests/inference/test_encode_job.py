@@ -144,7 +144,8 @@ def test_killed_worker_and_killed_driver(model: str, pictures: Path, whole: dict
     assert report["shards_reused"] == len(kept)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert shards(out) == whole
-    assert TokenDataset(out).captions == [f"caption {k}" for k in range(PICTURES)]
+    tokens = TokenDataset(out)
+    assert (len(tokens), tokens.captions) == (PICTURES, [f"caption {k}" for k in range(PICTURES)])
 
 
 def test_workers_that_always_die_are_named(model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

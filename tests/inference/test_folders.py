@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 import threading
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok
@@ -98,6 +101,49 @@ def test_a_folder_becomes_tokens_and_comes_back(model: str, pictures: Path, tmp_
         wanted.append(tokenizer.decode(tokens, [f"caption number {i}"], output="uint8")[0].numpy())
     for picture in wanted:
         assert min(int(np.abs(picture.astype(int) - other).max()) for other in found.values()) <= 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_caption_has_its_tokens_and_the_first_is_decoded(
+    model: str, pictures: Path, tmp_path: Path, format: Format
+) -> None:
+    for i in range(7):
+        file = next(pictures.rglob(f"picture.{i}.txt"))
+        file.write_text(f"caption number {i}\nanother of {i}\n" if i % 2 else f"caption number {i}")
+    report = encode_folder(model, str(pictures), tmp_path / "all", format, 2, 3)
+    assert report["pictures"] == 7
+    with pytest.raises(InputError, match="captions differ"):
+        encode_folder(model, str(pictures), tmp_path / "all", format, 2, 3, captions=1)
+    encode_folder(model, str(pictures), tmp_path / "first", format, 2, 3, captions=1)
+    for name in ("all", "first"):
+        assert decode_folder(model, tmp_path / name, tmp_path / f"{name}-back", batch_size=2)["new"] == 7
+    first, every = read(tmp_path / "first-back"), read(tmp_path / "all-back")
+    assert first.keys() == every.keys() and all(np.array_equal(first[name], every[name]) for name in first)
+    if format == "webdataset":
+        members: dict[str, bytes] = {}
+        for path in sorted((tmp_path / "all").glob("*.tar")):
+            with tarfile.open(path) as archive:
+                members |= {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+        told = {name[:-4]: text.decode().split("\n") for name, text in members.items() if name.endswith(".txt")}
+        assert sorted(len(captions) for captions in told.values()) == [1] * 4 + [2] * 3
+        rows = {key: [f"{key}.{k}.npy" if k else f"{key}.npy" for k in range(len(captions))] for key, captions in told.items()}
+        assert {name for name in members if name.endswith(".npy") and "indices" not in name} == {*chain(*rows.values())}
+        found = [
+            (caption, torch.from_numpy(np.load(io.BytesIO(members[name]))))
+            for key in told
+            for caption, name in zip(told[key], rows[key], strict=True)
+        ]
+    else:
+        found = []
+        for path in sorted((tmp_path / "all").glob("*.safetensors")):
+            with safe_open(path, "pt") as shard:
+                found += zip(json.loads(shard.metadata()["captions"]), shard.get_tensor("tokens"), strict=True)
+    assert len(found) == 10
+    tokenizer = TexTok.from_pretrained(model)
+    for caption, tokens in found:
+        number = caption.split()[-1]
+        wanted = tokenizer.encode(Image.open(next(pictures.rglob(f"picture.{number}.png"))), [caption])
+        torch.testing.assert_close(tokens, wanted.as_subclass(torch.Tensor)[0])
 
 
 def test_both_formats_hold_the_same(model: str, pictures: Path, tmp_path: Path) -> None:

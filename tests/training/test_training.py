@@ -22,8 +22,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from textok_fast import InputError, TexTok
-from textok_fast.config import DiTConfig, GeneratorTrainConfig, LossConfig, OptimConfig, TokenizerTrainConfig, to_dict
-from textok_fast.data import load_dataset
+from textok_fast.config import (
+    DataConfig,
+    DiTConfig,
+    GeneratorTrainConfig,
+    LossConfig,
+    OptimConfig,
+    TokenizerTrainConfig,
+    to_dict,
+)
+from textok_fast.data import Example, load_dataset, write_shards
 from textok_fast.data.token_cache import TokenDataset, drawn_rows, write_token_shards
 from textok_fast.diffusion import GaussianDiffusion
 from textok_fast.inference import ClassToImagePipeline, TextToImagePipeline, load_pipeline
@@ -622,6 +630,53 @@ def test_a_part_of_the_pictures_is_drawn_by_the_datas_seed(
     assert "20 of them, drawn by data.seed=0" in told
 
 
+@pytest.mark.parametrize("text", ["both", "decoder"])
+@pytest.mark.parametrize("cache_captions", [0, 1])
+def test_a_generator_learns_from_all_captions(
+    train_config: TrainConfig,
+    make_tokenizer: Callable[..., TexTok],
+    loads_fake_text: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    cache_captions: int,
+) -> None:
+    """Each with its tokens, drawn anew in every epoch, and alike when the run is repeated."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(9):
+        color = np.full((16, 16, 3), 20 * i, dtype=np.uint8)
+        Image.fromarray(color).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"gray {i}\nlevel {i}")
+    tokenizer = make_tokenizer(text=text)
+    directory = tokenizer.save_pretrained(tmp_path / "tokenizer")
+    batches: list[tuple[list[str], list[str], torch.Tensor]] = []
+    usual = GeneratorTask.loss
+
+    def loss(self: GeneratorTask, model: Any, batch: dict[str, Any], rng: StepRandom) -> dict[str, torch.Tensor]:
+        batches.append((batch["keys"], batch["captions"], batch["tokens"].clone()))
+        return usual(self, model, batch, rng)
+
+    monkeypatch.setattr(GeneratorTask, "loss", loss)
+    seen = []
+    for name in ("run", "again"):
+        batches.clear()
+        data = {"source": "folder", "path": str(tmp_path / "pictures")}
+        train = train_config(tmp_path / name, {"steps": 8, "batch_size": 4}, data)
+        config = generator_config(directory, train, objective="gaussian", num_classes=0, text_dim=8)
+        config.cache_captions, config.cache_images = cache_captions, 0
+        train_generator(config, progress=False)
+        seen.append([(key, caption) for keys, captions, _ in batches for key, caption in zip(keys, captions, strict=True)])
+    assert seen[0] == seen[1] and len(seen[0]) == 32
+    words = {caption.split()[0] for _, caption in seen[0]}
+    assert words == ({"gray"} if cache_captions else {"gray", "level"})
+    for keys, captions, tokens in batches:
+        for key, caption, found in zip(keys, captions, tokens, strict=True):
+            assert caption.split()[1] == key
+            picture = torch.full((1, 16, 16, 3), 20 * int(key), dtype=torch.uint8)
+            wanted = tokenizer.encode(picture, [caption]).as_subclass(torch.Tensor)[0]
+            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
 def test_the_label_is_dropped_to_the_null_class(
     train_config: TrainConfig, tokenizer_directory: Path, loads_fake_text: Any, tmp_path: Path
 ) -> None:
@@ -655,6 +710,61 @@ def test_generators_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         train_generator(generator_config(tokenizer_directory, train_config(tmp_path), **options), progress=False)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Sixteen pictures at ``name``, of the classes that the letters of ``labels`` are, in turn."""
+
+    def write(name: str, labels: str) -> Path:
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+        kinds = sorted(set(labels))
+        numbers = [kinds.index(labels[k % len(labels)]) for k in range(16)]
+        examples = [Example(pixels[k], f"{name} {kinds[numbers[k]]}", numbers[k], f"{k:02d}") for k in range(16)]
+        write_shards(examples, tmp_path / name, label_names=kinds)
+        return tmp_path / name
+
+    return write
+
+
+def test_classes_are_told_by_captions_that_are_held_out_elsewhere(
+    train_config: TrainConfig,
+    tokenizer_directory: Path,
+    loads_fake_text: Any,
+    labelled: Callable[[str, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = train_config(tmp_path / "run", {"steps": 6, "batch_size": 8})
+    config = generator_config(tokenizer_directory, train, objective="gaussian", num_classes=2)
+    files: dict[str, Any] = {"source": "webdataset", "image_size": 16, "path": str(labelled("seen", "abb"))}
+    config.cache_images = 0
+    for settings, message in (
+        ({"validation_share": 0.0}, r"nothing of .*seen is held out \(data\.validation_share=0\)"),
+        (
+            {"validation_path": str(labelled("fewer", "b"))},
+            r"fewer have 1 labels, the training pictures 2; .*only one of the two has a",
+        ),
+    ):
+        config.data = DataConfig(**files, **settings)
+        with pytest.raises(InputError, match=message):
+            train_generator(config, progress=False)
+        assert not (tmp_path / "run" / "tokens").exists()  # before any work
+    config.data = DataConfig(**files, validation_path=str(labelled("unseen", "ab")))
+    result = train_generator(config, progress=False)
+    assert len(TokenDataset(result.run / "tokens")) == 16
+    assert "6 steps of 8: 3 epochs of 16 pictures" in capsys.readouterr().err
+    pipeline = load_pipeline(result.final)
+    assert isinstance(pipeline, ClassToImagePipeline)
+    assert (pipeline.label_names, pipeline.captions) == (["a", "b"], {0: ["unseen a"], 1: ["unseen b"]})
+
+
+def test_a_generator_without_its_tokenizer_is_told_the_setting(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = generator_config(tmp_path / "runs" / "final", train_config(tmp_path), objective="gaussian")
+    with pytest.raises(
+        InputError, match=r"no model at .*runs/final.*the setting tokenizer= names: what `train tokenizer` wrote"
+    ):
+        train_generator(config, progress=False)
 
 
 # -- the token cache ---------------------------------------------------------------------------------------------------
@@ -692,8 +802,8 @@ def test_the_token_cache_goes_on_where_it_stopped(
     write(tmp_path / "whole")
     resumed, whole = TokenDataset(tmp_path / "cache"), TokenDataset(tmp_path / "whole")
     assert len(resumed) == 21
-    assert torch.equal(resumed.tokens, whole.tokens)
-    assert torch.equal(resumed.labels, whole.labels)
+    for found, wanted in zip(resumed, whole, strict=True):
+        assert torch.equal(found["tokens"], wanted["tokens"]) and found["label"] == wanted["label"]
     assert (resumed.keys, resumed.captions) == (whole.keys, whole.captions)
     example = dataset[20]
     assert (resumed[20]["caption"], resumed[20]["key"], int(resumed[20]["label"])) == example[1:2] + example[3:4] + example[2:3]
@@ -720,6 +830,8 @@ def test_tokens_of_another_tokenizer_or_other_data_are_refused(
         write(make_tokenizer(seed=1))
     with pytest.raises(InputError, match="data differ"):
         write(tokenizer, seed=5)
+    options = {**to_dict(config.data)["huggingface"], "validation_split": "test"}
+    write(tokenizer, validation_share=0.0, validation_path="elsewhere", huggingface=options)  # the hash of the pictures tells
     tokenizer.set_latent_statistics(torch.ones(4), torch.ones(4))
     with pytest.raises(InputError, match="tokenizer_config differ"):
         write(tokenizer)

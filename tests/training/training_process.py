@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from textok_fast import DiT, DiTConfig
 from textok_fast.config import AdamConfig, TokenizerTrainConfig, from_mapping
 from textok_fast.modeling.text_encoders import TextFeatures
-from textok_fast.training import tokenizer, train_tokenizer
+from textok_fast.training import parallel, tokenizer, train_tokenizer
 from textok_fast.training.loop import StepRandom, TrainResult, fit
 from textok_fast.training.optim import ExponentialMovingAverage
 
@@ -113,4 +113,5 @@ if __name__ == "__main__":
         try:
             train(**job)
         except ConnectionError as error:
-            sys.exit(f"ConnectionError: {error}")
+            print(f"ConnectionError: {error}", file=sys.stderr)
+            parallel.leave(1)

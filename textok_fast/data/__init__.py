@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from textok_fast.config import DataConfig
 from textok_fast.data.base import CaptionedImages, Draw, Example, RawPicture, collate
 from textok_fast.data.crops import Crop
 from textok_fast.data.fetch import FetchedSource, fetch
-from textok_fast.data.files import FILE_SPLITS, IMAGE_SUFFIXES
+from textok_fast.data.files import FILE_SOURCES, FILE_SPLITS, IMAGE_SUFFIXES
 from textok_fast.data.folder import FolderDataset
 from textok_fast.data.huggingface import load_huggingface
 from textok_fast.data.pack import PackOptions, pack
@@ -50,7 +51,8 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None, need
 
     Args:
         config: where the pictures come from.
-        split: one of :data:`SCENE_SPLITS` for scenes ("emoji", "stamps", "shapes"), of :data:`FILE_SPLITS` for files.
+        split: one of :data:`SCENE_SPLITS` for scenes ("emoji", "stamps", "shapes"), of :data:`FILE_SPLITS` for files; of these
+            "validation" is a share of ``config.path``, or what lies at ``config.held_out_at``.
         length: how many scenes; they are generated when asked for, so any number is free. Not for files.
         need_captions: whether files without a caption are left out; else theirs is "".
 
@@ -58,7 +60,7 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None, need
     """
     if config.source in ("emoji", "stamps", "shapes"):
         return load_scenes(config, split, length)
-    if config.source not in ("folder", "webdataset", "huggingface"):
+    if config.source not in FILE_SOURCES:
         raise InputError(f"data.source must be emoji, stamps, shapes, folder, webdataset or huggingface; got {config.source!r}")
     if not config.path:
         raise InputError(f"data.source={config.source} needs data.path")
@@ -66,12 +68,29 @@ def load_dataset(config: DataConfig, split: str, length: int | None = None, need
         raise InputError(f"length is for generated scenes; data.source={config.source} has the pictures it has")
     kind = "adm" if config.crop == "random" and split != "train" else config.crop
     crop = Crop(config.image_size, kind, config.crop_min, config.flip and split == "train")
+    if not config.held_out_at:
+        return _load_files(config, split, crop, need_captions, config.validation_share)
+    if split != "validation":  # all of the one place trains, all of the other validates
+        return _load_files(config, split, crop, need_captions, 0.0)
+    if config.source == "huggingface":
+        other = dataclasses.replace(config.huggingface, split=config.held_out_at, length=0)
+        setting, config = "data.huggingface.validation_split", dataclasses.replace(config, huggingface=other)
+    else:
+        setting, config = "data.validation_path", dataclasses.replace(config, path=config.held_out_at)
+    try:
+        return _load_files(config, split, crop, need_captions, 1.0)
+    except InputError as error:
+        raise InputError(f"of the held-out pictures ({setting}): {error}") from None
+
+
+def _load_files(config: DataConfig, split: str, crop: Crop, need_captions: bool, share: float) -> CaptionedImages:
+    """``share`` of the pictures at ``config.path`` are "validation"."""
     if config.source == "folder":
-        return FolderDataset(config.path, split, crop, need_captions, config.caption_lines)
+        return FolderDataset(config.path, split, crop, need_captions, config.caption_lines, share)
     windows = {"shuffle_buffer": config.shuffle_buffer, "read_streams": config.read_streams}
     if config.source == "webdataset":
-        return WebDataset(config.path, split, crop, need_captions, config.caption_lines, **windows)
-    return load_huggingface(config, split, crop, need_captions)
+        return WebDataset(config.path, split, crop, need_captions, config.caption_lines, **windows, validation_share=share)
+    return load_huggingface(config, split, crop, need_captions, share)
 
 
 def data_of(images: str, **settings: Any) -> DataConfig:

@@ -59,10 +59,12 @@ class CaptionedImages(ABC):
     Attributes:
         label_names: names of the classes; empty when the source has none.
         skipped: how many pictures were left out, by reason.
+        several_captions: whether a picture may have more than one.
     """
 
     label_names: list[str]
     skipped: dict[str, int]
+    several_captions: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -93,6 +95,11 @@ class CaptionedImages(ABC):
         """The key of an example."""
         return self[index].key
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of a picture, none for one without; the first is that of ``[index]``."""
+        caption = self[index].caption
+        return (caption,) if caption else ()
+
     def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
         """Pictures as they are stored, for `textok-fast data pack`; None for a corrupt one."""
         found: list[RawPicture | None] = []
@@ -104,8 +111,11 @@ class CaptionedImages(ABC):
             )
         return found
 
-    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
-        """The indices of an epoch, int64, cut into batches of ``batch`` by who asks; None: in any random order."""
+    def epoch_order(self, seed: int, epoch: int, batch: int, rows: Sequence[int] | None = None) -> np.ndarray | None:
+        """The indices of an epoch, int64, cut into batches of ``batch`` by who asks; None: in any random order.
+
+        ``rows``: of the pictures of these indices, ascending; the order is then of places in ``rows``.
+        """
         return None
 
     def __iter__(self) -> Iterator[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from textok_fast.config import DataConfig
 from textok_fast.data.base import CaptionedImages, Draw, Example, RawPicture, describe_skipped, stable_hash
 from textok_fast.data.columns import Record, Records, Strings
 from textok_fast.data.crops import Crop, center_square
@@ -21,9 +23,9 @@ from textok_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
+FILE_SOURCES = ("folder", "webdataset", "huggingface")
 FILE_SPLITS = ("train", "validation", "all")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VALIDATION_SHARE = 0.05
 # Above this many pictures they are not checked before the first is used; a corrupt one is then found when it is read.
 VERIFY_AT_MOST = 20_000
 
@@ -31,7 +33,8 @@ VERIFY_AT_MOST = 20_000
 class FileDataset(CaptionedImages):
     """Captioned image files, each brought to a square of ``crop.size``.
 
-    The split is decided by a hash of the key: about 5 % (at least one) are "validation", the others "train"; "all" is both.
+    The split is decided by a hash of the key: about ``validation_share`` of them are "validation", the others "train"; "all" is
+    both. Of a share between 0 and 1 at least one is "validation".
     Pictures without a caption are counted in ``skipped``, unless ``need_captions`` is False; theirs is then "".
     A picture that turns out to be corrupt when it is read is counted in ``skipped`` and the next readable one takes its place;
     :meth:`fetch` leaves the place empty instead. A place that cannot be reached is an error.
@@ -52,6 +55,7 @@ class FileDataset(CaptionedImages):
         need_captions: bool = True,
         verify: bool = True,
         by_key: bool = True,
+        validation_share: float = DataConfig.validation_share,
     ) -> None:
         """``verify``: look at each picture now if they are few. ``by_key``: sorted by key; else in the records' order."""
         if split not in FILE_SPLITS:
@@ -80,10 +84,12 @@ class FileDataset(CaptionedImages):
         order = sorted(range(len(rows)), key=keys.__getitem__) if by_key else range(len(rows))
         if split != "all":
             hashes = [stable_hash("validation", key) for key in keys]
-            limit = max(int(VALIDATION_SHARE * 2**64), min(hashes) + 1)
+            limit = int(validation_share * 2**64)
+            if 0 < validation_share < 1:
+                limit = max(limit, min(hashes) + 1)
             order = [i for i in order if (hashes[i] < limit) == (split == "validation")]
         if not order:
-            raise InputError(f"the split {split!r} of {where} is empty: {len(rows)} picture is too few for two splits")
+            raise empty_split(split, where, len(rows), validation_share)
         self._keys = Strings.of(keys[i] for i in order)
         self._rows = np.array([rows[i] for i in order], dtype=np.int64)  # (n,) into the records
         self._corrupt: set[int] = set()
@@ -154,6 +160,13 @@ class FileDataset(CaptionedImages):
         found: str = self._keys[self._position(index)]
         return found
 
+    @functools.cached_property
+    def several_captions(self) -> bool:  # type: ignore[override]
+        return any("\n" in self._records.captions[row] for row in self._rows)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._record(self._position(index)).captions
+
     def raw(self, indices: Sequence[int]) -> list[RawPicture | None]:
         """The files as they are; None for a corrupt one."""
         positions = [self._position(index) for index in indices]
@@ -194,14 +207,33 @@ class FileDataset(CaptionedImages):
         )
 
 
+def empty_split(split: str, where: str, count: int, validation_share: float) -> InputError:
+    """Why there is nothing in a split of ``count`` pictures."""
+    if split == "validation" and not validation_share:
+        return InputError(
+            f"nothing of {where} is held out (data.validation_share=0): name other pictures by data.validation_path, or of a "
+            "Hugging Face data set by data.huggingface.validation_split, or hold out a share"
+        )
+    return InputError(f"the split {split!r} of {where} is empty: {count} picture is too few for two splits")
+
+
 def draw_example(index: int, key: str, data: bytes, captions: Sequence[str], label: int, crop: Crop) -> Example:
     """The example of an index that may be a :class:`~textok_fast.data.base.Draw`; an error of the decoder if it is corrupt."""
     rng, caption = None, captions[0] if captions else ""
     if isinstance(index, Draw):
-        rng = np.random.default_rng(stable_hash("draw", index.seed, index.epoch, key))
+        rng = _draws(index, key)
         if len(captions) > 1:
             caption = captions[int(rng.integers(len(captions)))]
     return Example(decode_image(data, crop, rng), caption, label, key)
+
+
+def draw_caption(index: Draw, key: str, count: int) -> int:
+    """Which of ``count`` captions of a picture :func:`draw_example` takes."""
+    return int(_draws(index, key).integers(count)) if count > 1 else 0
+
+
+def _draws(index: Draw, key: str) -> np.random.Generator:
+    return np.random.default_rng(stable_hash("draw", index.seed, index.epoch, key))
 
 
 def _bytes(data: bytes | Exception) -> bytes:

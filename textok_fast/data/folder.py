@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from textok_fast.config import DataConfig
 from textok_fast.data.columns import Record, Records
 from textok_fast.data.crops import Crop
 from textok_fast.data.files import IMAGE_SUFFIXES, FileDataset
@@ -35,7 +36,13 @@ class FolderDataset(FileDataset):
     source = "folder"
 
     def __init__(
-        self, path: str | Path, split: str, crop: Crop, need_captions: bool = True, caption_lines: bool = True
+        self,
+        path: str | Path,
+        split: str,
+        crop: Crop,
+        need_captions: bool = True,
+        caption_lines: bool = True,
+        validation_share: float = DataConfig.validation_share,
     ) -> None:
         self._root = Path(path)
         if not self._root.is_dir():
@@ -45,7 +52,7 @@ class FolderDataset(FileDataset):
         if len(tables) > 1:
             log.warning("%s has %s: only %s is read", path, ", ".join(table.name for table in tables), tables[0].name)
         found = self._table_records(tables[0], skipped) if tables else self._text_records(skipped, caption_lines)
-        super().__init__(Records.of(found), split, crop, skipped, str(path), need_captions)
+        super().__init__(Records.of(found), split, crop, skipped, str(path), need_captions, validation_share=validation_share)
 
     def _read(self, records: Sequence[Record]) -> list[bytes | Exception]:
         found: list[bytes | Exception] = []

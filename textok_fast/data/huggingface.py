@@ -17,7 +17,7 @@ from textok_fast.config import DataConfig, HuggingFaceConfig, to_dict
 from textok_fast.data.base import CaptionedImages, Example, RawPicture, describe_skipped
 from textok_fast.data.columns import Record, Records, Strings
 from textok_fast.data.crops import Crop
-from textok_fast.data.files import FILE_SPLITS, FileDataset, check_image, draw_example, unique_keys
+from textok_fast.data.files import FILE_SPLITS, FileDataset, check_image, draw_example, empty_split, unique_keys
 from textok_fast.data.shard_index import captions_of
 from textok_fast.data.storage import read, short_hash
 from textok_fast.data.webdataset import order_by_runs
@@ -27,7 +27,7 @@ from textok_fast.files import write_text
 log = logging.getLogger(__name__)
 
 CAPTION_COLUMNS = ("caption", "captions", "text")
-HELD_OUT_OF_STREAM = 1024  # pictures at a stream's beginning for validation, or a twentieth of it where that is less
+HELD_OUT_OF_STREAM = 1024  # pictures at a stream's beginning for validation, or data.validation_share of it where that is less
 
 
 class Columns(NamedTuple):
@@ -48,7 +48,13 @@ class Columns(NamedTuple):
         return self.label_names[value] if self.label_names else str(value).strip()
 
 
-def load_huggingface(config: DataConfig, split: str, crop: Crop, need_captions: bool = True) -> CaptionedImages:
+def load_huggingface(
+    config: DataConfig,
+    split: str,
+    crop: Crop,
+    need_captions: bool = True,
+    validation_share: float = DataConfig.validation_share,
+) -> CaptionedImages:
     """The data set that ``config`` names. Raises :class:`InputError` when it, its split or a column cannot be had."""
     options = config.huggingface
     rows = _open(config.path, options)
@@ -61,8 +67,9 @@ def load_huggingface(config: DataConfig, split: str, crop: Crop, need_captions: 
     columns = _columns(rows, config.path, options)
     where = f"{config.path} ({options.split})"
     if options.streaming:
-        return HuggingFaceStream(rows, columns, config, split, crop, where, need_captions)
-    return HuggingFaceDataset(rows, columns, split, crop, where, need_captions, config.shuffle_buffer, config.read_streams)
+        return HuggingFaceStream(rows, columns, config, split, crop, where, need_captions, validation_share)
+    windows = (config.shuffle_buffer, config.read_streams)
+    return HuggingFaceDataset(rows, columns, split, crop, where, need_captions, *windows, validation_share)
 
 
 def _open(path: str, options: HuggingFaceConfig) -> Any:
@@ -140,6 +147,7 @@ class HuggingFaceDataset(FileDataset):
         need_captions: bool,
         shuffle_buffer: int,
         read_streams: int,
+        validation_share: float,
     ) -> None:
         undecoded = _undecoded(rows, columns)
         self._images = undecoded.select_columns([columns.image])
@@ -156,7 +164,8 @@ class HuggingFaceDataset(FileDataset):
         name = where.rpartition("(")[2].rstrip(")")
         names = Strings.of(f"{name}/{row:09d}" for row in range(len(rows)))
         captions, labels = (Strings.of(each[k] for each in said) for k in (0, 1))
-        super().__init__(Records(names, captions, labels, range(len(rows))), split, crop, Counter(), where, need_captions)
+        records = Records(names, captions, labels, range(len(rows)))
+        super().__init__(records, split, crop, Counter(), where, need_captions, validation_share=validation_share)
 
     def _read(self, records: Sequence[Record]) -> list[bytes | Exception]:
         if not records:
@@ -173,12 +182,20 @@ class HuggingFaceStream(CaptionedImages):
     nearest place that a run on this machine has noted, which it does for a fixed ``revision`` and for directories.
     Each loader worker and each process reads the whole stream.
 
-    The first 1,024 pictures (of few: a twentieth) are "validation". Pictures without a caption and corrupt ones give way to
-    the next of their window.
+    The first 1,024 pictures, or ``validation_share`` of all where that is less, are "validation". Pictures without a caption
+    and corrupt ones give way to the next of their window.
     """
 
     def __init__(
-        self, rows: Any, columns: Columns, config: DataConfig, split: str, crop: Crop, where: str, need_captions: bool = True
+        self,
+        rows: Any,
+        columns: Columns,
+        config: DataConfig,
+        split: str,
+        crop: Crop,
+        where: str,
+        need_captions: bool = True,
+        validation_share: float = DataConfig.validation_share,
     ) -> None:
         if split not in FILE_SPLITS:
             raise InputError(f"Hugging Face data have the splits {', '.join(FILE_SPLITS)}; got {split!r}")
@@ -186,10 +203,12 @@ class HuggingFaceStream(CaptionedImages):
         count = config.huggingface.length or (known.num_examples if known is not None else 0)
         if not count:
             raise InputError(f"{where} does not say how many pictures it has: set data.huggingface.length")
-        held = max(1, min(HELD_OUT_OF_STREAM, count // 20))
+        held = int(count * validation_share)
+        if 0 < validation_share < 1:
+            held = max(1, min(HELD_OUT_OF_STREAM, held))
         self._first, self._length = {"train": (held, count - held), "validation": (0, held), "all": (0, count)}[split]
         if self._length < 1:
-            raise InputError(f"the split {split!r} of {where} is empty: {count} picture is too few for two splits")
+            raise empty_split(split, where, count, validation_share)
         self._rows, self._columns, self.crop, self._where, self.split = rows, columns, crop, where, split
         self._undecoded = _undecoded(rows, columns)
         self._need_captions, self._buffer = need_captions, config.shuffle_buffer
@@ -197,11 +216,16 @@ class HuggingFaceStream(CaptionedImages):
         self.label_names = columns.label_names
         self.skipped: dict[str, int] = {}
         self._states = _states_directory(config)
-        self._identity = {"path": config.path, **to_dict(config.huggingface), "count": count, "split": split}
+        options = {name: value for name, value in to_dict(config.huggingface).items() if name != "validation_split"}
+        self._identity = {"path": config.path, **options, "count": count, "split": split}
+        if validation_share != DataConfig.validation_share:
+            self._identity["held_out"] = held
         self._windows: OrderedDict[int, list[Mapping[str, Any]]] = OrderedDict()
         self._stream: Iterator[Mapping[str, Any]] | None = None
         self._at = 0  # the place in the stream that comes next
         self._bad: set[int] = set()
+        told = rows.features.get(columns.caption) if columns.caption else None
+        self.several_captions = told is not None and getattr(told, "dtype", "") not in ("string", "large_string")
 
     def __getstate__(self) -> dict[str, Any]:  # another process opens the stream for itself
         return {**self.__dict__, "_windows": OrderedDict(), "_stream": None, "_at": 0}
@@ -209,8 +233,11 @@ class HuggingFaceStream(CaptionedImages):
     def __len__(self) -> int:
         return self._length
 
-    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+    def epoch_order(self, seed: int, epoch: int, batch: int, rows: Sequence[int] | None = None) -> np.ndarray | None:
         rng = np.random.default_rng([2, seed, epoch])
+        if rows is not None:  # windows of the stream, of which ``rows`` may skip much
+            order = np.argsort(np.asarray(rows) // self._buffer + rng.random(len(rows)))
+            return order[: len(order) // batch * batch].astype(np.int64)
         return order_by_runs(np.array([0, len(self)]), rng, batch, self._buffer, streams=1)
 
     def _window(self, number: int) -> list[Mapping[str, Any]]:
@@ -263,6 +290,9 @@ class HuggingFaceStream(CaptionedImages):
 
     def key(self, index: int) -> str:
         return unique_keys([f"{self._key_prefix}/{self._first + self._position(index):09d}"])[0]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._columns.captions(self._row(self._position(index)))
 
     def fetch(self, indices: Sequence[int]) -> list[Example | None]:
         found: dict[int, Example | None] = {}

@@ -207,6 +207,9 @@ class SceneDataset(CaptionedImages):
         scene = self.scene(position)
         return Example(self.render(scene), self.caption(scene), scene.placements[0].item, f"{self.split}-{position:07d}")
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self.caption(self.scene(self._position(index))),)
+
     def scene(self, index: int) -> Scene:
         """The plan of scene ``index`` (any number from 0, also beyond the length), nothing rendered."""
         split_number = SCENE_SPLITS.index(self.split)

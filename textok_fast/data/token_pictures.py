@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from textok_fast.config import LowResolutionConfig
-from textok_fast.data.base import CaptionedImages, Draw
+from textok_fast.data.base import CaptionedImages, Draw, Example
 from textok_fast.data.degradation import degrade
 from textok_fast.data.token_cache import TokenDataset, collate_tokens
 from textok_fast.errors import InputError
@@ -22,8 +22,8 @@ class TokensAndPictures(Dataset[dict[str, Any]]):
     :class:`~textok_fast.data.base.Draw`, by the config's seed, the epoch and the item's index, so that a resumed run, and one
     on other processes, sees the same. ``rows``: which pictures of ``dataset`` the tokens are of, one each.
 
-    The pictures are read again whenever they are asked for, by the loader's workers: of a million, even small ones would fill
-    a machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
+    The pictures are read again whenever they are asked for, a batch at once, by the loader's workers: of a million, even small
+    ones would fill a machine's memory. Raises: InputError for a picture that is not the one the tokens were made of.
     """
 
     def __init__(
@@ -40,12 +40,24 @@ class TokensAndPictures(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+        """As of the pictures: those of shards are read by ranges, nearly in order."""
+        return self.dataset.epoch_order(seed, epoch, batch, self.rows)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # A plain number, not a draw: the crop and the caption are to be those that were encoded.
-        item, example = self.tokens[index], self.dataset[self.rows[int(index)]]
-        if example.key != item["key"]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        # Plain numbers, not draws: the crop is to be the one that was encoded. The caption is the one drawn.
+        examples = self.dataset.fetch([self.rows[int(index)] for index in indices])
+        return [self._joined(index, example) for index, example in zip(indices, examples, strict=True)]
+
+    def _joined(self, index: int, example: Example | None) -> dict[str, Any]:
+        item = self.tokens[index]
+        if example is None or example.key != item["key"]:
+            now = "cannot be read" if example is None else f"is {example.key!r}"
             raise InputError(
-                f"picture {int(index)} is {example.key!r} now, and its tokens are of {item['key']!r}: the data have changed; "
+                f"picture {int(index)} {now} now, and its tokens are of {item['key']!r}: the data have changed; "
                 "remove the token cache and train anew"
             )
         item["image"] = torch.from_numpy(example.image.copy())  # (S, S, 3)

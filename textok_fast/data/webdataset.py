@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from textok_fast.config import DataConfig
 from textok_fast.data.base import Example, encode_png
 from textok_fast.data.columns import Record, Records, Strings
 from textok_fast.data.crops import Crop
@@ -65,6 +66,7 @@ class WebDataset(FileDataset):
         caption_lines: bool = True,
         shuffle_buffer: int = 4096,
         read_streams: int = 16,
+        validation_share: float = DataConfig.validation_share,
     ) -> None:
         shards = find_shards(str(path))
         if not shards:
@@ -99,7 +101,17 @@ class WebDataset(FileDataset):
         ).astype(np.int64)  # (n, 3): shard, offset, size
         captions, labels = (Strings.joined([getattr(each, name) for each in indices]) for name in ("captions", "labels"))
         records = Records(names, captions, labels, places)
-        super().__init__(records, split, crop, skipped, str(path), need_captions, verify=not remote, by_key=False)
+        super().__init__(
+            records,
+            split,
+            crop,
+            skipped,
+            str(path),
+            need_captions,
+            verify=not remote,
+            by_key=False,
+            validation_share=validation_share,
+        )
 
     def _read(self, records: Sequence[Record]) -> list[bytes | Exception]:
         places = [Place(*map(int, record.place)) for record in records]
@@ -109,13 +121,13 @@ class WebDataset(FileDataset):
         except OSError as error:  # of a local shard
             raise InputError(f"cannot read the shards of {self._where}: {error}") from None
 
-    def epoch_order(self, seed: int, epoch: int, batch: int) -> np.ndarray | None:
+    def epoch_order(self, seed: int, epoch: int, batch: int, rows: Sequence[int] | None = None) -> np.ndarray | None:
         """Shards in random order, cut into ``read_streams`` streams, each shuffled within windows of ``shuffle_buffer``.
 
         A batch has an equal share of every stream (of as many as divide it), so that it mixes pictures of distant places while
         each stream is read nearly in order. Depends on the arguments and the data alone: not on processes or loader workers.
         """
-        shards = self._records.places[self._rows, 0]
+        shards = self._records.places[self._rows if rows is None else self._rows[np.asarray(rows)], 0]
         if len(shards) <= self._buffer:
             return None
         _, starts = np.unique(shards, return_index=True)  # the rows of a shard are neighbours

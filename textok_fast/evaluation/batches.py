@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,7 @@ from textok_fast.evaluation.inception import PUBLISHED_SHA256
 from textok_fast.files import write_atomically
 
 PICTURES, STATISTICS, SPATIAL_STATISTICS = "arr_0", ("mu", "sigma"), ("mu_s", "sigma_s")
+PictureCrop = Literal["center", "adm"]  # of a data configuration's crops those without chance
 READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
 
 
@@ -93,8 +94,16 @@ class NpzPictures:
         """Of which Inception the statistics are; batches that do not say so are ADM's, of the published one."""
         if "inception_sha256" not in self.names:
             return PUBLISHED_SHA256
+        return self._text("inception_sha256")
+
+    @property
+    def crop(self) -> str:
+        """How its pictures were cropped; "" for a batch that does not say so."""
+        return self._text("crop") if "crop" in self.names else ""
+
+    def _text(self, name: str) -> str:
         with np.load(self.path, allow_pickle=False) as archive:
-            return str(archive["inception_sha256"])
+            return str(archive[name])
 
     def statistics(self, names: tuple[str, str] = STATISTICS) -> Gaussian | None:
         """Mean and covariance by their names in the file; None where it has none."""
@@ -187,10 +196,12 @@ class FilePictures(DatasetPictures):
     """The pictures of a folder or of WebDataset shards, sorted by key, with their captions ("" for none).
 
     ``image_size``: what they are cropped and resized to; None, which shards do not allow, takes the first picture's height.
-    InputError where there are none.
+    ``crop``: how (:class:`~textok_fast.data.crops.Crop`). InputError where there are none, and for another crop.
     """
 
-    def __init__(self, path: str | Path, image_size: int | None = None) -> None:
+    def __init__(self, path: str | Path, image_size: int | None = None, crop: PictureCrop = "center") -> None:
+        if crop not in get_args(PictureCrop):
+            raise InputError(f"pictures to evaluate are cropped by {' or '.join(get_args(PictureCrop))}, got {crop!r}")
         files = _image_files(Path(path))
         source = "folder" if files else "webdataset"
         files = files or [Path(shard) for shard in find_shards(str(path))]
@@ -199,10 +210,15 @@ class FilePictures(DatasetPictures):
         if image_size is None and source == "webdataset":
             raise InputError(f"the pictures of {path} have no size of their own: give --image-size")
         size = _height(files[0]) if image_size is None else image_size
-        config = DataConfig(source=source, path=str(path), image_size=size)  # type: ignore[arg-type]
+        config = DataConfig(source=source, path=str(path), image_size=size, crop=crop)  # type: ignore[arg-type]
         super().__init__(load_dataset(config, "all", need_captions=False), size)
         tables = sorted(file for file in Path(path).glob("captions.*")) if source == "folder" else []
-        self.identity["files"] = _stamps([*files, *tables])
+        self.identity |= {"files": _stamps([*files, *tables]), "crop": crop}
+
+    @property
+    def captions(self) -> list[str]:
+        """Of all pictures, which are not read for it."""
+        return [next(iter(self._dataset.captions(index)), "") for index in range(len(self))]
 
 
 class SampledPictures:
@@ -232,6 +248,11 @@ class SampledPictures:
         with ThreadPoolExecutor(READERS) as pool:
             return Batch(np.stack(list(pool.map(_pixels, files))), list(captions))
 
+    @property
+    def captions(self) -> list[str]:
+        """Of all pictures, which are not read for it."""
+        return [caption for _, caption in self._listed]
+
 
 class First:
     """The first ``count`` pictures of a set."""
@@ -250,8 +271,13 @@ class First:
         return self._pictures.read(first, min(last, self._count))
 
 
-def open_pictures(path: str | Path, image_size: int | None = None, count: int | None = None) -> Pictures:
-    """A set by its path: an .npz batch, a folder, or shards; ``count``: the first so many. InputError for what is none."""
+def open_pictures(
+    path: str | Path, image_size: int | None = None, count: int | None = None, crop: PictureCrop = "center"
+) -> Pictures:
+    """A set by its path: an .npz batch, a folder, or shards; ``count``: the first so many. InputError for what is none.
+
+    ``image_size`` and ``crop``: as of :class:`FilePictures`; batches and samples have their size.
+    """
     found: Pictures
     if str(path).endswith(".npz"):
         batch = NpzPictures(path)
@@ -261,7 +287,7 @@ def open_pictures(path: str | Path, image_size: int | None = None, count: int | 
     elif (Path(path) / "samples.json").is_file():
         found = SampledPictures(path)
     else:
-        found = FilePictures(path, image_size)
+        found = FilePictures(path, image_size, crop)
     return found if count is None or count == len(found) else First(found, count)
 
 

@@ -33,9 +33,12 @@ from textok_fast.evaluation.batches import (
     STATISTICS,
     Batch,
     DatasetPictures,
+    FilePictures,
     First,
     NpzPictures,
+    PictureCrop,
     Pictures,
+    SampledPictures,
     open_pictures,
     write_npz,
 )
@@ -86,6 +89,8 @@ class Options:
         features: "inception", "pixels", or vision models of transformers by directory or Hub id.
         inception: Inception's weights: a file, a URL, "published", or "" for the cache's; ``inception_sha256`` is checked.
         count: pictures, at most; None is all of a set, and 50,000 of a generator.
+        image_size: of pictures in files, where no model says it; None is the first one's.
+        crop: of pictures in files: "center", or "adm", by the steps that made ADM's reference batches.
         plan: what the models run by, the feature networks on its device in float32. None: float32 on the CPU.
         batch_size: of the models.
         part_size: pictures whose results are kept together.
@@ -99,6 +104,7 @@ class Options:
     inception_sha256: str = ""
     count: int | None = None
     image_size: int | None = None
+    crop: PictureCrop = "center"
     plan: Plan | None = None
     batch_size: int = 32
     part_size: int = PART_SIZE
@@ -217,9 +223,9 @@ def evaluate_reconstruction(
     plan = cast(Plan, options.plan)
     tokenizer = load_tokenizer(model, plan.device)
     size = tokenizer.config.image_size
-    pictures = open_pictures(images, size, options.count)
+    pictures = open_pictures(images, size, options.count, options.crop)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, plan.device)
-    given = _open_reference(reference, size)
+    given = _open_reference(reference, size, options.crop)
     if pictures.shape != (size, size, 3):
         raise InputError(f"{images} has pictures {pictures.shape}, {model} takes {(size, size, 3)}")
     part = _reconstructor(Engine(cast(Any, tokenizer), plan), pictures, options.batch_size, with_captions)
@@ -267,6 +273,10 @@ def evaluate_reconstruction(
         metrics |= _distribution_metrics("r", network, made, against, missing, options.device, manifold=False, spatial=False)
     if missing.get("inception"):
         missing["rFID, inception score"] = missing.pop("inception")
+    if isinstance(given, NpzPictures) and given.crop != (own := pictures.identity.get("crop", given.crop)):
+        says = f"was cropped by {given.crop}" if given.crop else "does not say how it was cropped (ADM's batches: by adm)"
+        if given.crop or own != "adm":
+            notes.append(f"{given.path.name} {says}, and these pictures by {own}: see --crop.")
     settings = {
         "model": model,
         "images": images,
@@ -429,7 +439,7 @@ def evaluate_generation(
     parts = Parts(out / "parts", options.part_size, Processes.join())
     pictures = _samples(samples, sampling, parts, options)
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, options.device)
-    given = _open_reference(reference, pictures.shape[0])
+    given = _open_reference(reference, pictures.shape[0], options.crop)
     if not networks and not options.npz:
         raise InputError(f"nothing can be computed: {missing.get('inception', 'no features were asked for')}")
     stages = _kept(pictures)
@@ -505,9 +515,9 @@ def evaluate_text(
 
 
 def captions_of(images: str | Path) -> list[str]:
-    """The captions of a folder or of shards, by key; InputError where there are none."""
+    """The captions of a folder or of shards, by key, no picture being decoded; InputError where there are none."""
     pictures = open_pictures(images, image_size=8)
-    captions = [caption for caption in pictures.read(0, len(pictures)).captions or () if caption]
+    captions = [each for each in pictures.captions if each] if isinstance(pictures, FilePictures | SampledPictures) else []
     if not captions:
         raise InputError(f"the pictures of {images} have no captions")
     return captions
@@ -522,7 +532,7 @@ def write_reference(images: str, out: Path, options: Options | None = None) -> d
     options = Options() if options is None else options
     if out.suffix != ".npz":
         raise InputError(f"a reference batch is an .npz file, got {out}")
-    pictures = open_pictures(images, options.image_size, options.count)
+    pictures = open_pictures(images, options.image_size, options.count, options.crop)
     networks, missing = load_networks(["inception"], options.inception, options.inception_sha256, options.device)
     if missing:
         raise InputError(missing["inception"])
@@ -537,9 +547,12 @@ def write_reference(images: str, out: Path, options: Options | None = None) -> d
     for (mean, covariance), name in ((STATISTICS, "pool"), (SPATIAL_STATISTICS, "spatial")):
         statistics[mean], statistics[covariance] = gaussian(features[name])
     statistics["inception_sha256"] = np.array(network.identity["sha256"])
+    if "crop" in pictures.identity:
+        statistics["crop"] = np.array(options.crop)
     kept = _spread(count)
     write_npz(out, (len(kept), *pictures.shape), (pictures.read(row, row + 1).pictures for row in kept), statistics)
-    return {"out": str(out), "pictures": count, "kept": len(kept), "features": network.title, **provenance(options.command)}
+    made = {"out": str(out), "pictures": count, "kept": len(kept), "crop": options.crop, "features": network.title}
+    return {**made, **provenance(options.command)}
 
 
 # -- super-resolution -------------------------------------------------------------------------------------------------------
@@ -609,11 +622,11 @@ def evaluate_super_resolution(
     if sampling.prompts:
         raise InputError("super-resolution is told the pictures' own captions: it takes no prompts")
     size = pipeline.tokenizer.config.image_size
-    pictures, source = _high_resolution(model, images, size, options.count)
+    pictures, source = _high_resolution(model, images, size, options)
     if pictures.shape != (size, size, 3):
         raise InputError(f"{source} has pictures {pictures.shape}, {model} makes {(size, size, 3)}")
     networks, missing = load_networks(options.features, options.inception, options.inception_sha256, plan.device)
-    given = _open_reference(reference, size)
+    given = _open_reference(reference, size, options.crop)
     strength = pipeline.strength if strength is None else strength
     wear: dict[str, Any] = {"scale": size // pipeline.size, "strength": strength, "seed": sampling.seed}
     wear_of = {"pictures": pictures.identity, "degradation": wear}
@@ -685,6 +698,7 @@ def evaluate_super_resolution(
         "reference": reference or "the originals",
         **{name: value for name, value in dataclasses.asdict(sampling).items() if name != "prompts"},
         **_settings(options, parts),
+        **({} if images else {"crop": "as in the training"}),
     }
     first = part(0, min(GRID_PICTURES // 2, options.part_size, count))
     large = first.small.repeat(wear["scale"], axis=1).repeat(wear["scale"], axis=2)
@@ -773,10 +787,10 @@ def _mean(values: Tensor, title: str, better: str, of: str) -> Metric:
     return Metric(float(values.mean()), title, better, {"standard error": error}, of)
 
 
-def _high_resolution(model: str, images: str, size: int, count: int | None) -> tuple[Pictures, str]:
+def _high_resolution(model: str, images: str, size: int, options: Options) -> tuple[Pictures, str]:
     """The pictures to make small and large again, and what they are called."""
     if images:
-        return open_pictures(images, size, count), images
+        return open_pictures(images, size, options.count, options.crop), images
     from textok_fast.training.generator import held_out_split
 
     file = find_model(model).parent / "config.yaml"
@@ -787,7 +801,10 @@ def _high_resolution(model: str, images: str, size: int, count: int | None) -> t
     config = from_mapping(GeneratorTrainConfig, read_yaml(file))
     split = held_out_split(config)
     found = DatasetPictures(load_dataset(config.data, split), size)
-    source = f"the {split} split of {config.data.path or config.data.source}, which training did not see"
+    source = (
+        f"the {split} split of {config.data.held_out_at or config.data.path or config.data.source}, which training did not see"
+    )
+    count = options.count
     return found if count is None or count == len(found) else First(found, count), source
 
 
@@ -872,11 +889,11 @@ def _distribution_metrics(
     return found
 
 
-def _open_reference(reference: str, size: int | None = None) -> Any:
+def _open_reference(reference: str, size: int, crop: PictureCrop) -> Any:
     """A reference batch or set of pictures; None for "". Statistics alone are enough."""
     if not reference:
         return None
-    return NpzPictures(reference) if reference.endswith(".npz") else open_pictures(reference, size)
+    return NpzPictures(reference) if reference.endswith(".npz") else open_pictures(reference, size, crop=crop)
 
 
 def _reference_jobs(given: Pictures | None, networks: Sequence[FeatureNetwork]) -> list[Job[Any]]:
@@ -894,7 +911,7 @@ def _samples(samples: str, sampling: Sampling | None, parts: Parts, options: Opt
         return PipelinePictures(samples, sampling or Sampling(), parts, options)
     if sampling is not None and sampling.prompts:
         raise InputError(f"{samples} holds pictures, which take no prompts: give a pipeline's directory")
-    return open_pictures(samples, options.image_size, options.count)
+    return open_pictures(samples, options.image_size, options.count, options.crop)
 
 
 @torch.no_grad()
@@ -946,6 +963,7 @@ def _settings(options: Options, parts: Parts) -> dict[str, Any]:
         "precision": plan.precision,
         "device": str(plan.device),
         "features": ", ".join(options.features),
+        "crop": options.crop,
         "processes": parts.processes.world,
         "batch_size": options.batch_size,
         "part_size": options.part_size,

@@ -104,7 +104,7 @@ def _driver_version() -> str | None:
 
 
 def _git_commit() -> str | None:
-    if given := os.environ.get("TEXTOK_COMMIT"):  # of a copy whose .git is missing or older, as benchmarks/on_gpu.sh measures it
+    if given := os.environ.get("TEXTOK_COMMIT"):  # of a copy whose .git is missing or older
         return given
     root = Path(textok_fast.__file__).resolve().parents[1]
     top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -41,7 +42,7 @@ from textok_fast.files import write_atomically
 from textok_fast.inference.engine import Engine
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer
-from textok_fast.modeling.encoding import encode_function
+from textok_fast.modeling.encoding import encode_function, reads_captions
 
 Format = Literal["safetensors", "webdataset"]
 Done = Callable[[int, int], None]  # (number of a shard, pictures of it that are done)
@@ -60,6 +61,7 @@ class EncodeJob:
     batch_size: int
     shard_size: int
     plan: Plan
+    captions: int = 0  # of a picture with several so many are encoded; 0: all
 
     def path(self, number: int) -> Path:
         return shard_path(self.out, number) if self.format == "safetensors" else self.out / f"tokens-{number:06d}.tar"
@@ -84,13 +86,15 @@ class ShardWriter:
         """``tokenizer``: the job's, if it is loaded already."""
         self.job = job
         loaded = load_tokenizer(job.model, job.plan.device) if tokenizer is None else tokenizer
+        self._reads_captions = reads_captions(loaded)
         self._encode = encode_function(cast(Any, Engine(cast(Any, loaded), job.plan)))
 
     def write(self, number: int, advance: Callable[[int], None] | None = None) -> None:
         """Encodes and writes one shard. ``advance`` is called with the number of its pictures that are done."""
         first = number * self.job.shard_size
         rows = range(first, first + self.job.count(number))
-        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance)
+        told = (self.job.captions, self._reads_captions)
+        encoded = encode_rows(self.job.dataset, self._encode, rows, self.job.batch_size, advance, *told)
         path = self.job.path(number)
         if self.job.format == "safetensors":
             write_shard(path, encoded)
@@ -260,9 +264,12 @@ def _write_tar(path: Path, rows: EncodedRows) -> None:
         return buffer.getvalue()
 
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        for row, (key, caption) in enumerate(zip(rows.keys, rows.captions, strict=True)):
-            add(archive, f"{key}.npy", npy(rows.tensors["tokens"][row].numpy()))
-            if "indices" in rows.tensors:
-                add(archive, f"{key}.indices.npy", npy(rows.tensors["indices"][row].numpy()))
-            add(archive, f"{key}.txt", caption.encode())
-            add(archive, f"{key}.cls", str(int(rows.tensors["labels"][row])).encode())
+        for key, group in itertools.groupby(range(len(rows.keys)), rows.keys.__getitem__):
+            of_key = list(group)  # a row for each caption
+            for number, row in enumerate(of_key):
+                name = f"{key}.{number}" if number else key
+                add(archive, f"{name}.npy", npy(rows.tensors["tokens"][row].numpy()))
+                if "indices" in rows.tensors:
+                    add(archive, f"{name}.indices.npy", npy(rows.tensors["indices"][row].numpy()))
+            add(archive, f"{key}.txt", "\n".join(text for row in of_key for text in rows.captions[row]).encode())
+            add(archive, f"{key}.cls", str(int(rows.tensors["labels"][of_key[0]])).encode())

@@ -23,7 +23,14 @@ from torch import Tensor
 from textok_fast.config import DataConfig, to_dict
 from textok_fast.data import data_of, load_dataset
 from textok_fast.data.base import CaptionedImages
-from textok_fast.data.token_cache import TokenDataset, claim_index, read_index, read_skipped, shard_ranges
+from textok_fast.data.token_cache import (
+    TokenDataset,
+    captions_identity,
+    claim_index,
+    read_index,
+    read_skipped,
+    shard_ranges,
+)
 from textok_fast.errors import InputError
 from textok_fast.files import only_writer, save_tensors, write_atomically, write_text
 from textok_fast.inference.encode_job import EncodeJob, Format, run_here, run_processes, run_ray
@@ -37,8 +44,7 @@ from textok_fast.inference.pipelines import (
 )
 from textok_fast.inference.plan import Plan
 from textok_fast.modeling.autoencoder import load_tokenizer, token_shape
-from textok_fast.modeling.encoding import fingerprint, token_identity
-from textok_fast.modeling.tokenizer import TexTok
+from textok_fast.modeling.encoding import fingerprint, reads_captions, token_identity
 
 PLAN_NAME = "plan.json"
 
@@ -56,11 +62,12 @@ def encode_folder(
     progress: Progress | None = None,
     workers: int = 1,
     ray: str | None = None,
+    captions: int = 0,
 ) -> dict[str, Any]:
     """Writes the tokens of all captioned pictures in ``images`` to ``out``, and the plan to ``out``/plan.json.
 
     A tokenizer whose encoder reads no text takes pictures without a caption too, of which the stored caption is "". Of several
-    captions the first is read and stored.
+    captions the first ``captions`` are (0: all), each with the tokens that it makes, or all beside those of the picture alone.
 
     ``images``: a folder as :class:`~textok_fast.data.FolderDataset` reads it, or WebDataset shards: a .tar file, a pattern of
     them, a URL, or a directory that holds .tar files and no pictures; or the configuration of any source, whose image size and
@@ -69,7 +76,8 @@ def encode_folder(
     ``model``: a TexTok, or an autoencoder, whose latents (C, h, w) are then the tokens.
 
     ``format`` "safetensors": shards of :mod:`textok_fast.data.token_cache`. "webdataset": tokens-000000.tar with, for each
-    picture, key.npy (tokens (N, d) float32), key.txt (the caption), key.cls, and key.indices.npy for VQ and FSQ. The keys of
+    picture, key.npy (tokens (N, d) float32), key.txt (the captions, one a line), key.cls, and key.indices.npy for VQ and FSQ;
+    of a second caption that makes others, key.1.npy and key.1.indices.npy, and so on. The keys of
     pictures that turn out to be corrupt are in tokens-*.skipped.json.
 
     ``workers``: processes of this machine; with ``ray``, the address of a cluster (:func:`encode_job.run_ray`), actors of it, 0
@@ -81,18 +89,21 @@ def encode_folder(
     _require_at_least_one(batch_size=batch_size, shard_size=shard_size)
     if ray is None:
         _require_at_least_one(workers=workers)
+    if captions < 0:
+        raise InputError(f"captions must be at least 0, got {captions}")
     plan = Plan() if plan is None else plan
     tokenizer = load_tokenizer(model, plan.device)
     config = data_of(images) if isinstance(images, str) else images
     config = dataclasses.replace(config, image_size=tokenizer.config.image_size)
-    dataset = load_dataset(config, "all", need_captions=isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder)
+    dataset = load_dataset(config, "all", need_captions=reads_captions(tokenizer))
     # The data are known by their content, however their folder is spelled today.
     identity = {**token_identity(tokenizer, {**to_dict(config), "path": ""}), **_unless_fp32(plan)}
     identity |= {"content": dataset.content_hash(), "count": len(dataset), "shard_size": shard_size}
+    identity |= captions_identity(dataset, captions)
     identity |= {"drawn_by_seed": None} if format == "safetensors" else {"format": format}
     with only_writer(out, ".tokens-*"):
         claim_index(out, identity)
-        job = EncodeJob(model, dataset, out, format, batch_size, shard_size, plan)
+        job = EncodeJob(model, dataset, out, format, batch_size, shard_size, plan, captions)
         missing = job.missing()
         reused = len(shard_ranges(len(dataset), shard_size)) - len(missing)
         before = len(dataset) - sum(map(job.count, missing))
@@ -135,9 +146,9 @@ def decode_folder(
 ) -> dict[str, Any]:
     """Decodes what :func:`encode_folder` wrote, in either format, into ``out``/<key>.png; pictures that are there are kept.
 
-    ``out``/decoded.json records what they were decoded from, ``out``/plan.json the plan they were decoded by (None: float32 on
-    the CPU). Raises InputError when ``tokens`` is not complete, was made by
-    another tokenizer, or ``out`` holds pictures of these names that were decoded from something else.
+    Of a picture with several captions the tokens of the first are decoded. ``out``/decoded.json records what they were decoded
+    from, ``out``/plan.json the plan they were decoded by (None: float32 on the CPU). Raises InputError when ``tokens`` is not
+    complete, was made by another tokenizer, or ``out`` holds pictures of these names that were decoded from something else.
     """
     _require_at_least_one(batch_size=batch_size)
     if not tokens.is_dir():
@@ -148,13 +159,17 @@ def decode_folder(
     wanted = token_identity(tokenizer, {})["tokenizer"]
     if index.get("tokenizer") != wanted:
         raise InputError(f"the tokens in {tokens} were made by another tokenizer than {model}: decoding them would give noise")
-    keys, captions, values = _read_tar_tokens(tokens) if index.get("format") == "webdataset" else _read_shard_tokens(tokens)
+    read = _read_tar_tokens if index.get("format") == "webdataset" else _read_shard_tokens
+    keys, captions, tokens_of = read(tokens)
     found = len(keys) + len(read_skipped(tokens))
     if found != index.get("count"):
         raise InputError(
             f"{tokens} holds {found} of {index.get('count')} pictures: run the same `textok-fast encode` again to finish it"
         )
-    digest = hashlib.sha256(json.dumps([keys, captions]).encode() + values.numpy().tobytes()).hexdigest()[:32]
+    hashed = hashlib.sha256(json.dumps([keys, captions]).encode())
+    for _, first, last in shard_ranges(len(keys), 1024):
+        hashed.update(tokens_of(range(first, last)).numpy().tobytes())
+    digest = hashed.hexdigest()[:32]
     missing = [i for i, key in enumerate(keys) if not (out / f"{key}.png").exists()]
     made_of = {"tokenizer": wanted, "tokens": digest, "captions": with_captions, **_unless_fp32(plan)}
     _claim_pictures(out, made_of, new=len(missing) == len(keys))
@@ -164,7 +179,7 @@ def decode_folder(
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         given = [captions[i] for i in rows] if with_captions else None
-        pictures = engine.decode(values[rows], given, output="uint8").cpu().numpy()  # (b, S, S, 3)
+        pictures = engine.decode(tokens_of(rows), given, output="uint8").cpu().numpy()  # (b, S, S, 3)
         for row, picture in zip(rows, pictures, strict=True):
             save_png(picture, out / f"{keys[row]}.png")
         if progress is not None:
@@ -350,12 +365,16 @@ def _require_at_least_one(**values: int) -> None:
             raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def _read_shard_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:
+# Keys, captions, and what gives the tokens (b, N, d) of rows.
+_Tokens = tuple[list[str], list[str], Callable[[Sequence[int]], Tensor]]
+
+
+def _read_shard_tokens(directory: Path) -> _Tokens:
     dataset = TokenDataset(directory)
-    return dataset.keys, dataset.captions, dataset.tokens
+    return dataset.keys, dataset.captions, lambda rows: torch.stack([dataset[row]["tokens"] for row in rows])
 
 
-def _read_tar_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:
+def _read_tar_tokens(directory: Path) -> _Tokens:
     keys, captions, values = [], [], []
     paths = sorted(directory.glob("tokens-*.tar"))
     if not paths:
@@ -366,13 +385,14 @@ def _read_tar_tokens(directory: Path) -> tuple[list[str], list[str], Tensor]:
                 for member in archive:
                     file = archive.extractfile(member)
                     data = file.read() if file is not None else b""
-                    if member.name.endswith(".txt"):
-                        keys.append(member.name[:-4])
-                        captions.append(data.decode())
-                    elif member.name.endswith(".npy") and not member.name.endswith(".indices.npy"):
+                    key, _, suffix = member.name.partition(".")  # keys have no dot
+                    if suffix == "txt":
+                        keys.append(key)
+                        captions.append(data.decode().partition("\n")[0])
+                    elif suffix == "npy":  # of the first caption
                         values.append(torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)))
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise InputError(f"cannot read the token shard {path}: {error}; remove it and encode again") from None
     if not len(values) == len(keys) > 0 or len({value.shape for value in values}) != 1:
         raise InputError(f"the token shards in {directory} are empty or do not fit together; encode again")
-    return keys, captions, torch.stack(values)  # (B, N, d)
+    return keys, captions, lambda rows: torch.stack([values[row] for row in rows])

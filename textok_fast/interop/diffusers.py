@@ -192,11 +192,20 @@ class TokenDistribution(DiagonalGaussianDistribution):
         return super().nll(sample, dims=tuple(dims))
 
 
+class TokenOutput(AutoencoderKLOutput):
+    """``latent_dist`` as of AutoencoderKL, and ``latent`` as of AutoencoderDC: its mode, (B, N, d)."""
+
+    @property
+    def latent(self) -> Tensor:
+        return cast(Tensor, self.latent_dist.mode())
+
+
 class AutoencoderTexTok(_Model):
     """:class:`TexTok` with the calls of diffusers' AutoencoderKL.
 
-    ``encode(x).latent_dist``, ``decode(z).sample``, both also with captions and both with gradients; ``enable_slicing`` for one
-    picture at a time. Pictures have one size, at which AutoencoderKL does not tile either: ``enable_tiling`` changes nothing.
+    ``encode(x).latent_dist`` (or ``.latent``, AutoencoderDC's), ``decode(z).sample``, both also with captions and both with
+    gradients; ``enable_slicing`` for one picture at a time. Pictures have one size, at which AutoencoderKL does not tile
+    either: ``enable_tiling`` changes nothing.
 
     ``config`` has what pipelines read: ``scaling_factor`` 1 and ``shift_factor`` 0 (tokens have zero mean and unit variance
     already), ``latent_channels`` d, ``sample_size`` S, ``force_upcast`` False, and as many ``block_out_channels`` as make
@@ -245,7 +254,7 @@ class AutoencoderTexTok(_Model):
     @apply_forward_hook
     def encode(self, x: Tensor, captions: Captions = None, return_dict: bool = True) -> Any:
         """x (B, 3, S, S) in [-1, 1] and captions as :meth:`TexTok.encode` takes them -> ``.latent_dist``, a
-        :class:`TokenDistribution`."""
+        :class:`TokenDistribution`, and ``.latent``, its mode."""
         tokenizer = self.tokenizer
         pixels = tokenizer._check_images(x)
         text = tokenizer.text_features(captions, len(pixels)) if tokenizer.config.text_in_encoder else None
@@ -254,7 +263,7 @@ class AutoencoderTexTok(_Model):
             found = TokenDistribution(tokenizer.normalize(out.mean), out.logvar - 2 * tokenizer.latent_std.log())
         else:
             found = TokenDistribution(tokenizer.normalize(out.latents), None)
-        return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
+        return TokenOutput(latent_dist=found) if return_dict else (found,)
 
     @apply_forward_hook
     def decode(

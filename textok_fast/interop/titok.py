@@ -179,7 +179,8 @@ def _block(width: str) -> dict[str, Shape]:
 
 
 class Posterior(NamedTuple):
-    """What a KL TiTok's ``encode`` returns beside a sample: mean and log-variance, each (B, C, 1, N)."""
+    """What a continuous TiTok's ``encode`` returns beside a sample: mean and log-variance, each (B, C, 1, N); without KL the
+    log-variance is -inf."""
 
     mean: Tensor
     logvar: Tensor
@@ -197,6 +198,8 @@ class Posterior(NamedTuple):
 class TiTok(nn.Module):
     """A tokenizer with TiTok's and TA-TiTok's calls: pictures (B, 3, S, S) in [0, 1], latents (B, C, 1, N), indices (B, 1, N).
 
+    ``quantize_mode`` is "vq" for those with indices (VQ, FSQ), "vae" for the others.
+
     Args:
         tokenizer: a :class:`TexTok`, or an engine of one.
     """
@@ -206,7 +209,7 @@ class TiTok(nn.Module):
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.quantize_mode = "vae" if tokenizer.config.bottleneck == "kl" else "vq"
+        self.quantize_mode = "vq" if tokenizer.config.bottleneck in ("vq", "fsq") else "vae"
         self.num_latent_tokens = tokenizer.config.num_tokens
 
     def around(self, tokenizer: Any) -> TiTok:
@@ -214,24 +217,37 @@ class TiTok(nn.Module):
         return TiTok(tokenizer)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
-        """x (B, 3, S, S) in [0, 1] -> z_quantized (B, C, 1, N), and for VQ ``min_encoding_indices`` (B, 1, N) with the loss
-        terms, for KL the :class:`Posterior` of which z_quantized is a sample.
+    def encode(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        text_guidance: Tensor | Sequence[str] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
+        """x (B, 3, S, S) in [0, 1] -> z_quantized (B, C, 1, N), and for VQ and FSQ ``min_encoding_indices`` (B, 1, N) with the
+        loss terms, else the :class:`Posterior` of which z_quantized is a sample.
 
-        Raises: InputError for another shape, range or dtype.
+        ``text_guidance``: as of :meth:`decode`, for a TexTok that reads captions in its encoder, which TiTok's do not; None is
+        the null caption. Raises: InputError for another shape, range or dtype, and for unwanted text.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise InputError(f"TiTok takes float pictures (B, 3, S, S) in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
         core, place = core_of(self.tokenizer), self.tokenizer.device
         pixels = core._check_images(2 * x - 1)
+        if text_guidance is not None and not self.tokenizer.config.text_in_encoder:
+            raise InputError("this tokenizer encodes without text: leave text_guidance out")
+        text = core.text_features(text_guidance, len(pixels))
         with backends_of(self.tokenizer):
-            z = core.encoder(pixels.to(place), None)  # (B, N, C or 2 C)
+            z = core.encoder(pixels.to(place), text)  # (B, N, C or 2 C)
             out = core.bottleneck(z)
         if out.mean is not None and out.logvar is not None:
             posterior = Posterior(_fake_2d(out.mean), _fake_2d(out.logvar))
             return posterior.sample(generator), posterior
-        commitment = 0.25 * out.losses["commitment"]
-        losses = {"commitment_loss": commitment, "codebook_loss": out.losses["codebook"]}
+        if out.indices is None:
+            mean = _fake_2d(out.latents)
+            return mean, Posterior(mean, torch.full_like(mean, -math.inf))
+        none = out.latents.new_zeros(())  # of FSQ, whose codes are not learned
+        commitment = 0.25 * out.losses.get("commitment", none)
+        losses = {"commitment_loss": commitment, "codebook_loss": out.losses.get("codebook", none)}
         losses["quantizer_loss"] = commitment + losses["codebook_loss"]
         return _fake_2d(out.latents), {**losses, "min_encoding_indices": out.indices.unsqueeze(1)}
 
@@ -265,7 +281,7 @@ class TiTok(nn.Module):
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, text_guidance: Tensor | Sequence[str] | None = None) -> Tensor:
-        """Indices (B, 1, N) or (B, N) int64, for KL latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
+        """Indices (B, 1, N) or (B, N) int64, without indices latents (B, C, 1, N) -> pictures, as :meth:`decode`."""
         core, config = core_of(self.tokenizer), self.tokenizer.config
         if self.quantize_mode == "vae":
             return self.decode(tokens, text_guidance)
@@ -281,7 +297,7 @@ class TiTok(nn.Module):
         self, x: Tensor, text_guidance: Tensor | Sequence[str] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | Posterior]:
         """:meth:`encode`, then :meth:`decode`."""
-        z, found = self.encode(x)
+        z, found = self.encode(x, text_guidance=text_guidance if self.tokenizer.config.text_in_encoder else None)
         return self.decode(z, text_guidance), found
 
 

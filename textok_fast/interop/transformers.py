@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from textok_fast.data.crops import center_square
 from textok_fast.errors import InputError
 from textok_fast.modeling.saving import read_config
+from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 
 
@@ -60,9 +61,9 @@ class TexTokImageProcessor(BaseImageProcessor):
     @classmethod
     def of(cls, source: Any, **kwargs: Any) -> TexTokImageProcessor:
         """For a tokenizer, its engine, what has one as ``tokenizer`` (a :class:`TiTok`, whose range it then has, a pipeline),
-        or the directory that a TexTok was saved in."""
+        or the directory that a TexTok was saved in, or a pipeline with one, or the name of what comes with the package."""
         if isinstance(source, (str, Path)):
-            size = read_config(Path(source)).get("image_size")
+            size = read_config(TexTok.within(find_model(source))).get("image_size")
         else:
             size = getattr(getattr(getattr(source, "tokenizer", source), "config", None), "image_size", None)
         if size is None:

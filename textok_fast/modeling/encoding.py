@@ -25,8 +25,19 @@ def encode_function(tokenizer: TexTok | LatentTokenizer) -> Callable[[Tensor, li
     return encode
 
 
+def reads_captions(tokenizer: Any) -> bool:
+    """Whether captions change a tokenizer's tokens."""
+    return isinstance(tokenizer, TexTok) and tokenizer.config.text_in_encoder
+
+
 def token_identity(tokenizer: TexTok | LatentTokenizer, data: dict[str, Any]) -> dict[str, Any]:
-    """What a directory of tokens records about its making: the tokenizer's weights by hash, its configuration, the data."""
+    """What a directory of tokens records about its making: the tokenizer's weights by hash, its configuration, the data.
+
+    Which of the pictures they are is told by the hash of these, so the settings that hold some out are left out.
+    """
+    data = {name: value for name, value in data.items() if not name.startswith("validation_")}
+    if isinstance(options := data.get("huggingface"), dict):
+        data["huggingface"] = {name: value for name, value in options.items() if name != "validation_split"}
     return {"tokenizer": fingerprint(tokenizer), "tokenizer_config": to_dict(tokenizer.config), "data": data}
 
 

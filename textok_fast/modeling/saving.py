@@ -69,9 +69,7 @@ class PretrainedMixin(nn.Module):
         Raises: InputError when there is no such model, it is of another kind, or a weight is missing, unexpected or of
             another shape.
         """
-        directory = locate(source, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **hub)
-        if not (directory / CONFIG_NAME).is_file() and (directory / cls.folder / CONFIG_NAME).is_file():
-            directory = directory / cls.folder
+        directory = cls.within(locate(source, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **hub))
         values = read_config(directory, f"a saved {cls.__name__}")
         kind = values.pop("model_type", values.get("_class_name"))  # diffusers'
         values = {name: value for name, value in values.items() if not name.startswith("_")}
@@ -86,6 +84,12 @@ class PretrainedMixin(nn.Module):
             raise InputError(f"cannot read {directory / WEIGHTS_NAME}: {error}") from None
         load_state(model, state, str(directory))
         return model.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def within(cls, directory: Path) -> Path:
+        """Where in a pipeline's directory such a model lies; another directory as it is."""
+        inner = directory / cls.folder
+        return inner if not (directory / CONFIG_NAME).is_file() and (inner / CONFIG_NAME).is_file() else directory
 
 
 def read_config(directory: Path, what: str = "a saved model") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from textok_fast import ops
 from textok_fast.config import GeneratorTrainConfig, to_dict
 from textok_fast.data import CaptionedImages, load_dataset
+from textok_fast.data.files import FILE_SOURCES
 from textok_fast.data.token_cache import TokenDataset, collate_tokens, drawn_rows, read_skipped, write_token_shards
 from textok_fast.data.token_pictures import TokensAndPictures, collate_tokens_and_pictures, small_picture
 from textok_fast.diffusion import FlowMatching, GaussianDiffusion, build_process, sample
@@ -27,11 +28,10 @@ from textok_fast.modeling.text_encoders import trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8
 from textok_fast.modeling.vision_encoders import AlignedDiT, VisionEncoder, alignment_loss
 from textok_fast.pictures import image_grid
-from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, fit
+from textok_fast.training.loop import Critic, StepRandom, TrainResult, announce, epochs, fit
 from textok_fast.training.parallel import check_run, join_processes, lost_processes
 
 CAPTIONS_PER_CLASS = 16  # held-out captions kept for the decoder of a class-conditional generator
-FILE_SOURCES = ("folder", "webdataset", "huggingface")
 CACHED_SCENES = 8192  # of generated scenes, of which there is no end
 PREVIEW_SAMPLES, PREVIEW_STEPS = 8, 20
 
@@ -176,6 +176,21 @@ class GeneratorTask:
         write_text(directory / "pipeline.json", json.dumps(about, indent=1, ensure_ascii=False))
 
 
+def check_held_out(task: GeneratorTask, dataset: CaptionedImages) -> None:
+    """Opens held-out pictures that are not a share of the training pictures' own: what is wrong with them is said before
+    training. Raises InputError where they are missing, or a class-conditional generator's have other labels."""
+    data = task.config.data
+    if data.source not in FILE_SOURCES or (data.validation_share and not data.held_out_at):
+        return
+    found, wanted = task.held_out.label_names, dataset.label_names
+    if task.config.model.num_classes and found != wanted:
+        missing = [name for name in wanted if name not in found] or [name for name in found if name not in wanted]
+        raise InputError(
+            f"the held-out pictures at {data.held_out_at} have {len(found)} labels, the training pictures {len(wanted)}; "
+            f"they must be the same, and only one of the two has {', '.join(missing[:3])}"
+        )
+
+
 def held_out_split(config: GeneratorTrainConfig) -> str:
     """The split whose captions training has not seen."""
     return "validation" if config.data.source in FILE_SOURCES else "composition"
@@ -195,13 +210,22 @@ def train_generator(
     processes = join_processes(config.run.timeout)
     check_run(config.run, processes.device, processes.num_processes)
     torch.manual_seed(config.run.seed)  # the initial weights
-    tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
+    try:
+        tokenizer = TexTok.from_pretrained(config.tokenizer, device=processes.device)
+    except InputError as error:
+        if Path(config.tokenizer).is_dir():
+            raise
+        raise InputError(
+            f"{error}. A generator is trained over a tokenizer, which the setting tokenizer= names: what `train tokenizer` "
+            "wrote, as tokenizer=runs/tokenizer/final"
+        ) from None
     task = GeneratorTask(config, tokenizer)
     dataset = load_dataset(config.data, "train")
     announce(processes, dataset.describe())
     classes = len(dataset.label_names) or 1
     if 0 < config.model.num_classes < classes:
         raise InputError(f"the data has {classes} classes; set model.num_classes={classes}, got {config.model.num_classes}")
+    check_held_out(task, dataset)
     directory = Path(config.token_cache or Path(config.run.output_dir) / "tokens")
     count = config.cache_images or (len(dataset) if config.data.source in FILE_SOURCES else CACHED_SCENES)
     if count < len(dataset):
@@ -214,12 +238,15 @@ def train_generator(
         count=count,
         seed=config.data.seed,
         batch_size=64,
+        captions=config.cache_captions if tokenizer.config.text_in_encoder or config.model.text_dim else 1,  # who reads them
+        reads_captions=tokenizer.config.text_in_encoder,
         part=(processes.process_index, processes.num_processes),
         progress=on_cache if processes.is_main_process else None,
     )
     with lost_processes(processes.num_processes, Path(config.run.output_dir)):
         processes.wait_for_everyone()
     tokens = TokenDataset(directory)
+    announce(processes, epochs(config.run, len(tokens)))
     options: dict[str, Any] = {"content": tokens.index, "resume": resume, "progress": progress}
     if not task.needs_pictures:
         return fit(task, tokens, collate_tokens, config, **options)

@@ -213,6 +213,12 @@ def announce(processes: Any, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def epochs(run: RunConfig, pictures: int) -> str:
+    """A run's length in words; an epoch is as many whole batches as there are in ``pictures``."""
+    whole = max(1, pictures // run.batch_size)
+    return f"{run.steps:,} steps of {run.batch_size:,}: {run.steps / whole:.4g} epochs of {pictures:,} pictures"
+
+
 def fit(
     task: Task,
     dataset: Examples,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from textok_fast.config import TokenizerTrainConfig
 from textok_fast.data import collate, load_dataset
+from textok_fast.data.files import FILE_SOURCES
 from textok_fast.data.token_cache import drawn_rows
 from textok_fast.errors import InputError
 from textok_fast.modeling.encoding import fingerprint
@@ -19,7 +20,7 @@ from textok_fast.modeling.text_encoders import TextFeatures, trim_padding
 from textok_fast.modeling.tokenizer import TexTok, from_uint8, to_uint8
 from textok_fast.pictures import image_grid
 from textok_fast.training.critic import GanCritic
-from textok_fast.training.loop import StepRandom, TrainResult, announce, fit
+from textok_fast.training.loop import StepRandom, TrainResult, announce, epochs, fit
 from textok_fast.training.losses import tokenizer_loss
 from textok_fast.training.parallel import check_run, join_processes
 from textok_fast.training.perceptual import load_lpips
@@ -111,5 +112,7 @@ def train_tokenizer(config: TokenizerTrainConfig, *, resume: bool = False, progr
     torch.manual_seed(config.run.seed)  # the initial weights
     task = TokenizerTask(config, processes.device)
     announce(processes, task.dataset.describe())
+    if config.data.source in FILE_SOURCES:  # generated scenes do not come again
+        announce(processes, epochs(config.run, len(task.dataset)))
     content = {"content": task.dataset.content_hash(), **task.frozen()}
     return fit(task, task.dataset, collate, config, content=content, resume=resume, progress=progress)
