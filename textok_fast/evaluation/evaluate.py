@@ -801,9 +801,8 @@ def _high_resolution(model: str, images: str, size: int, options: Options) -> tu
     config = from_mapping(GeneratorTrainConfig, read_yaml(file))
     split = held_out_split(config)
     found = DatasetPictures(load_dataset(config.data, split), size)
-    source = (
-        f"the {split} split of {config.data.held_out_at or config.data.path or config.data.source}, which training did not see"
-    )
+    where = config.data.validation_path or config.data.path or config.data.source
+    source = f"the {split} split of {where}, which training did not see"
     count = options.count
     return found if count is None or count == len(found) else First(found, count), source
 
