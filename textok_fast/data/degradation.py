@@ -159,10 +159,18 @@ def shifted(kernel: Tensor, scale: int) -> Tensor:
 
 
 def filtered(x: Tensor, kernel: Tensor) -> Tensor:
-    """x (1, C, h, w) convolved with an odd ``kernel`` (k, k); beyond the border the picture is mirrored at the last pixel."""
-    rows, columns = (_mirrored(side, len(kernel) // 2) for side in x.shape[2:])
-    padded = x[:, :, rows][..., columns]
-    return F.conv2d(padded.transpose(0, 1), kernel.flip(0, 1)[None, None]).transpose(0, 1)
+    """x (1, C, h, w) convolved with an odd ``kernel`` (k, k); beyond the border the picture is mirrored at the last pixel.
+
+    Through numpy's Fourier transform: of 25 x 25 pixels at 256 px that is many times faster than a sum, and the same in a
+    loader's worker as in a process of more threads.
+    """
+    edge = len(kernel) - 1
+    rows, columns = (_mirrored(side, edge // 2) for side in x.shape[2:])
+    padded = x[:, :, rows][..., columns].numpy()
+    size = padded.shape[2:]
+    spectrum = np.fft.rfft2(padded) * np.fft.rfft2(kernel.numpy(), s=size)
+    # Convolved around the edges: what comes before all of the kernel fits into the picture is dropped.
+    return torch.from_numpy(np.fft.irfft2(spectrum, s=size)[..., edge:, edge:]).to(x.dtype)
 
 
 def _mirrored(side: int, margin: int) -> Tensor:
