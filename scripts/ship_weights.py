@@ -86,7 +86,6 @@ A DiT of {parameters:,} parameters over those tokens, by flow matching, with the
 
 ```python
 from textok_fast.inference import load_pipeline
-from textok_fast.inference.pipelines import GenerationPipeline
 
 made = load_pipeline("{name}")("cow top left; red background", seed=0)
 ```
