@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout: Python, torch (CPU or CUDA, whichever suits the machine), textok-fast with its development tools,
-# and the native library where a compiler is found. A second call sees that nothing has changed and returns at once.
+# and the native library where a compiler is found; beside it, in .venv/torchao, what a test of FP8 needs. A second call sees that nothing has changed and returns at once.
 #
 # A torch that python3 already has is kept. PYTHON=... chooses the interpreter.
 set -euo pipefail
@@ -123,6 +123,10 @@ fi
 say "installing textok-fast and its development tools"
 install "${build_tools[@]}"
 install --no-build-isolation -e ".[dev]"
+
+# transformers imports a torchao that it finds, which then logs into every command's output: so it lies where only its test looks.
+torchao=$(sed -n 's/^fp8 = \["\(.*\)"\]$/\1/p' pyproject.toml)
+install --no-deps --upgrade --target "$venv/torchao" "$torchao" || say "torchao cannot be had: its test will be skipped"
 
 say "native library: $("$python" -c 'from textok_fast import _native; print(_native.load().reason)')"
 printf '%s\n' "$wanted" >>"$stamp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,18 @@ from safetensors.torch import load_file
 
 from textok_fast import DiT, InputError, TexTok
 from textok_fast.cli import _parse
-from textok_fast.config import DiscriminatorConfig, DiTConfig, LossConfig, OptimConfig, RunConfig, TokenizerTrainConfig, to_dict
+from textok_fast.config import (
+    DiscriminatorConfig,
+    DiTConfig,
+    GeneratorTrainConfig,
+    LossConfig,
+    LowResolutionConfig,
+    OptimConfig,
+    RunConfig,
+    TokenizerTrainConfig,
+    to_dict,
+)
+from textok_fast.data.token_cache import TokenDataset
 from textok_fast.training import parallel, tokenizer, train_tokenizer
 from textok_fast.training.checkpoints import list_checkpoints
 from textok_fast.training.loop import StepBatches, StepRandom
@@ -38,7 +50,7 @@ def start(jobs: list[dict[str, Any]], world: int) -> list[subprocess.Popen[str]]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join(str(Path(__file__).parents[i]) for i in (2, 0))
+    path = os.pathsep.join(str(Path(__file__).parents[i]) for i in (2, 1, 0))
     processes = []
     for rank in range(world):
         given = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "PYTHONPATH": path}
@@ -70,15 +82,24 @@ def curve(run: Path) -> list[float]:
 def assert_same(run: Path, wanted: Path, atol: float = 1e-5) -> None:
     """Loss curves, and every average of the weights."""
     assert curve(run) == pytest.approx(curve(wanted), rel=1e-5)
-    directories = sorted(path.name for path in wanted.glob("final*"))
-    assert directories == sorted(path.name for path in run.glob("final*"))
-    for name in directories:
-        found, right = (load_file(path / name / "model.safetensors") for path in (run, wanted))
+    names, found_names = (
+        sorted(str(path.relative_to(of)) for path in of.glob("final*/**/model.safetensors")) for of in (wanted, run)
+    )
+    assert names and found_names == names
+    for name in names:
+        found, right = (load_file(path / name) for path in (run, wanted))
         assert found.keys() == right.keys()
         for key, value in right.items():
             if key.endswith(("qkv.bias", ".kv.bias")):  # a softmax does not see the keys' bias: its gradient is rounding, which
                 continue  # Adam scales up to steps of full size
             torch.testing.assert_close(found[key], value, atol=atol, rtol=0, msg=f"{name}: {key}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small(fake_text_class: type) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        training_process.make_small(patched, fake_text_class)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +111,7 @@ def settings(train_config: TrainConfig) -> Callable[..., dict[str, Any]]:
         # Adam makes steps of the learning rate's size out of the rounding of a gradient that is almost zero.
         config.optim = OptimConfig(lr=2e-4, warmup_steps=2, ema_decay=0.9, ema_decays=(0.5,))
         config.loss = LossConfig(gan=0.5, gan_loss="non-saturating", gan_start=1, lecam=0.1, r1=1.0, r1_interval=2)
-        config.discriminator = DiscriminatorConfig(kind="patchgan", channels=8, layers=1)
+        config.discriminator = DiscriminatorConfig(channel_base=128, channel_max=8, stddev_group=4)
         return to_dict(config)
 
     return make
@@ -100,10 +121,8 @@ def settings(train_config: TrainConfig) -> Callable[..., dict[str, Any]]:
 def alone(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs of one process, by kind."""
     runs = {kind: tmp_path_factory.mktemp("alone") / kind for kind in ("tokenizer", "denoiser")}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tokenizer, "STATISTICS_PICTURES", 64)
-        for kind, run in runs.items():
-            training_process.train(kind, settings(run))
+    for kind, run in runs.items():
+        training_process.train(kind, settings(run))
     return runs
 
 
@@ -114,7 +133,8 @@ def alone(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Temp
 def test_processes_train_what_one_trains(
     settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two processes: DDP and FSDP2, passes, recomputation, a critic; a checkpoint of one process continued by two."""
+    """Two processes: DDP and FSDP2, passes, recomputation, a critic, of the tokenizer StyleGAN's with a group on each process;
+    a checkpoint of one process continued by two."""
     part = {"gradient_accumulation": 2, "activation_checkpointing": True}
     forms: dict[str, tuple[str, dict[str, Any]]] = {
         "ddp": ("tokenizer", {"parallel": "ddp"}),
@@ -135,20 +155,57 @@ def test_processes_train_what_one_trains(
         assert kinds[0] == kinds[1] > {"model.safetensors", "ema.safetensors", "ema-0.5.safetensors", "optimizer.pt"}
     for kind, run in alone.items():
         assert_same(tmp_path / f"{kind}-begun", run)
-    critics = [
-        load_file(list_checkpoints(run)[-1] / "critic.safetensors") for run in (tmp_path / "fsdp-parts", alone["denoiser"])
-    ]
-    assert int(critics[0]["steps"]) == int(critics[1]["steps"]) == 5
-    torch.testing.assert_close(critics[0]["weight"], critics[1]["weight"], atol=1e-5, rtol=0)
+    for name, kind in (("ddp", "tokenizer"), ("fsdp", "tokenizer"), ("fsdp-parts", "denoiser")):
+        found, wanted = (load_file(list_checkpoints(run)[-1] / "critic.safetensors") for run in (tmp_path / name, alone[kind]))
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=f"{name}: the critic's {key}")
+    assert int(wanted["steps"]) == 5
     assert (tmp_path / "fsdp" / "samples" / "000003.png").exists()
     assert TexTok.from_pretrained(tmp_path / "fsdp" / "final-ema-0.5").config.latent_std
 
 
 @pytest.mark.slow
-def test_of_a_killed_process_the_others_end_and_another_number_goes_on(
-    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_processes_train_the_generator_that_one_trains(
+    settings: Callable[..., dict[str, Any]], make_tokenizer: Callable[..., TexTok], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tokenizer, "STATISTICS_PICTURES", 64)
+    """Each of two processes encodes its token shards. One's run continued by two, which lacks a shard, and two's by one."""
+    of_tokenizer = make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+
+    def config(name: str, **run: Any) -> dict[str, Any]:
+        shared = {key: value for key, value in settings(tmp_path / name, **run).items() if key in ("data", "optim", "run")}
+        model = DiTConfig(num_tokens=3, in_channels=4, width=32, depth=2, heads=2, num_classes=0, text_dim=8)
+        how = {"objective": "gaussian", "prediction": "v", "weighting": "min-snr", "cache_images": 40}
+        small = to_dict(LowResolutionConfig(scale=4, patch_size=2))
+        shared["optim"]["lr"] = 5e-3  # at first a DiT is zero: so in the steps here captions and small pictures count
+        return {"tokenizer": str(of_tokenizer), "model": to_dict(model), "low_resolution": small, **how, **shared}
+
+    training_process.train("generator", config("one"))
+    unfinished = shutil.ignore_patterns("final*", "checkpoint-000006")
+    shutil.copytree(tmp_path / "one", tmp_path / "one-two", ignore=unfinished)
+    (tmp_path / "one-two" / "tokens" / "tokens-00001.safetensors").unlink()
+    jobs = [
+        {"kind": "generator", "config": config("two")},
+        {"kind": "generator", "config": config("one-two", parallel="fsdp", gradient_accumulation=2), "resume": True},
+    ]
+    errors = finish(processes := start(jobs, 2), 600)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    shutil.copytree(tmp_path / "two", tmp_path / "two-one", ignore=unfinished)
+    training_process.train("generator", config("two-one"), resume=True)
+    wanted = TokenDataset(tmp_path / "one" / "tokens")
+    for name in ("two", "one-two", "two-one"):
+        assert_same(tmp_path / name, tmp_path / "one")
+        tokens = TokenDataset(tmp_path / name / "tokens")
+        assert len(list(tokens.directory.glob("*.safetensors"))) == 3
+        assert (tokens.index, tokens.keys, tokens.captions) == (wanted.index, wanted.keys, wanted.captions)
+        for found, right in zip(tokens, wanted, strict=True):  # type: ignore[call-overload]
+            assert torch.equal(found["tokens"], right["tokens"])
+
+
+@pytest.mark.slow
+def test_of_a_killed_process_the_others_end_and_another_number_goes_on(
+    settings: Callable[..., dict[str, Any]], alone: dict[str, Path], tmp_path: Path
+) -> None:
     config = settings(tmp_path / "run", parallel="fsdp")
     first, killed = start([{"kind": "tokenizer", "config": config, "die_at": 4}], 2)
     killed.wait(timeout=600)
@@ -322,9 +379,37 @@ def test_other_errors_than_of_lost_processes_pass(tmp_path: Path) -> None:
         raise torch.distributed.DistBackendError("whatever")
 
 
-def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_where_torchao_is(test: str, directory: Path) -> None:
+    """Runs a test of this file in a process that has torchao from beside the environment, where scripts/setup.sh puts it.
+
+    Not in the environment: transformers looks for torchao, which logs when it is imported, and other tests read what commands
+    print.
+    """
+    beside = Path(sys.prefix, "torchao")
+    if not (beside / "torchao" / "__init__.py").exists():
+        pytest.skip(f"torchao is neither installed nor in {beside}, where scripts/setup.sh puts it")
+    path = os.pathsep.join(filter(None, (str(beside), os.environ.get("PYTHONPATH"))))
+    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"--basetemp={directory}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"{__file__}::{test}"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On a CPU torchao computes the same roundings in float32 when asked to emulate."""
-    float8 = pytest.importorskip("torchao.float8")
+    if importlib.util.find_spec("torchao") is None:
+        run_where_torchao_is(request.node.name, tmp_path / "there")
+        return
+    from torchao import float8
+
     config = float8.Float8LinearConfig
     monkeypatch.setattr(float8, "Float8LinearConfig", lambda **options: config(emulate=True, **options))
     torch.manual_seed(0)

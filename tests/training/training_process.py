@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,15 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from textok_fast import DiT, DiTConfig
-from textok_fast.config import AdamConfig, TokenizerTrainConfig, from_mapping
+from textok_fast.config import AdamConfig, GeneratorTrainConfig, TokenizerTrainConfig, from_mapping
 from textok_fast.modeling.text_encoders import TextFeatures
-from textok_fast.training import parallel, tokenizer, train_tokenizer
+from textok_fast.training import generator, parallel, tokenizer, train_generator, train_tokenizer
 from textok_fast.training.loop import StepRandom, TrainResult, fit
 from textok_fast.training.optim import ExponentialMovingAverage
 
@@ -85,11 +87,21 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def make_small(patch: pytest.MonkeyPatch, text_encoder: type) -> None:
+    """Few pictures are measured, token shards hold 16, and whoever loads a text encoder gets one of ``text_encoder``."""
+    patch.setattr(tokenizer, "STATISTICS_PICTURES", 64)
+    patch.setattr(generator, "write_token_shards", functools.partial(generator.write_token_shards, shard_size=16))
+    patch.setattr("textok_fast.modeling.tokenizer.load_text_encoder", lambda *args, **options: text_encoder())
+
+
 def train(kind: str, config: dict[str, Any], resume: bool = False, die_at: int | None = None) -> TrainResult:
-    """``kind``: "tokenizer" or "denoiser". ``die_at``: a step at whose end the process of the highest rank is killed."""
-    settings = from_mapping(TokenizerTrainConfig, config)
+    """``kind``: "tokenizer", "generator" or "denoiser". ``die_at``: a step at whose end the process of the highest rank is
+    killed."""
     if die_at is not None and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
         _die_at(die_at)
+    if kind == "generator":
+        return train_generator(from_mapping(GeneratorTrainConfig, config), resume=resume, progress=False)
+    settings = from_mapping(TokenizerTrainConfig, config)
     if kind == "tokenizer":
         return train_tokenizer(settings, resume=resume, progress=False)
     return fit(Denoiser(), Tokens(), collate, settings, content={}, resume=resume, progress=False)
@@ -107,8 +119,10 @@ def _die_at(step: int) -> None:
 
 
 if __name__ == "__main__":
+    from conftest import FakeTextEncoder
+
     torch.set_num_threads(1)
-    tokenizer.STATISTICS_PICTURES = 64
+    make_small(pytest.MonkeyPatch(), FakeTextEncoder)
     for job in json.loads(sys.argv[1]):
         try:
             train(**job)
