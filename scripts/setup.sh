@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout: Python, torch (CPU or CUDA, whichever suits the machine), textok-fast with its development tools,
-# and the native library where a compiler is found; beside it, in .venv/torchao, what a test of FP8 needs. A second call sees that nothing has changed and returns at once.
+# and the native library where a compiler is found; in .venv/torchao what a test of FP8 needs. A second call sees that nothing
+# has changed and returns at once.
 #
 # A torch that python3 already has is kept. PYTHON=... chooses the interpreter.
 set -euo pipefail
