@@ -99,7 +99,7 @@ def test_examples_of_the_engine(work: Path, packages: dict[str, Any], capsys: py
 
 
 def test_the_first_example_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     names = run(read("README.md").split("\n## ", 1)[0])
     assert names["tokens"].mode().shape == (1, 8, 8)
     assert names["again"].shape == names["blind"].shape == names["other"].shape == names["made"].shape == (1, 64, 64, 3)
@@ -299,7 +299,24 @@ def test_the_table_of_losses_is_complete() -> None:
         assert said == (default if isinstance(default, float) else ("none" if default == "" else str(default).lower())), name
 
 
-def test_links_inside_the_page_exist() -> None:
-    text = read("docs/engine.md")
-    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", text, re.MULTILINE)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= titles
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*/*.md", "textok_fast/pretrained/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    """Files that a document links to exist, and headings in them too."""
+    links = re.findall(r"\]\(([^()\s]*)\)", re.sub(r"```.*?```|`[^`\n]*`", "", read(document), flags=re.DOTALL))
+    for link in links:
+        place, _, heading = link.partition("#")
+        if re.match(r"[a-z]+:", place):  # elsewhere
+            continue
+        target = (ROOT / document).parent / place if place else ROOT / document
+        assert target.exists(), f"{document} links to {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{document} links to {link}"
