@@ -125,7 +125,7 @@ say "installing textok-fast and its development tools"
 install "${build_tools[@]}"
 install --no-build-isolation -e ".[dev]"
 
-# transformers imports a torchao that it finds, which then logs into every command's output: so it lies where only its test looks.
+# transformers imports a torchao that it finds, which warns on stderr in every command: so it lies where only its test looks.
 torchao=$(sed -n 's/^fp8 = \["\(.*\)"\]$/\1/p' pyproject.toml)
 install --no-deps --upgrade --target "$venv/torchao" "$torchao" || say "torchao cannot be had: its test will be skipped"
 

@@ -26,7 +26,6 @@ from textok_fast.cli import _parse
 from textok_fast.config import (
     DiscriminatorConfig,
     DiTConfig,
-    GeneratorTrainConfig,
     LossConfig,
     LowResolutionConfig,
     OptimConfig,
@@ -169,7 +168,10 @@ def test_processes_train_what_one_trains(
 def test_processes_train_the_generator_that_one_trains(
     settings: Callable[..., dict[str, Any]], make_tokenizer: Callable[..., TexTok], tmp_path: Path
 ) -> None:
-    """Each of two processes encodes its token shards. One's run continued by two, which lacks a shard, and two's by one."""
+    """Each of two processes encodes its token shards. One's run continued by two, which lacks a shard, and two's by one.
+
+    In bf16 the sum over two processes is rounded otherwise, but under DDP and FSDP2 alike.
+    """
     of_tokenizer = make_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
     def config(name: str, **run: Any) -> dict[str, Any]:
@@ -180,13 +182,17 @@ def test_processes_train_the_generator_that_one_trains(
         shared["optim"]["lr"] = 5e-3  # at first a DiT is zero: so in the steps here captions and small pictures count
         return {"tokenizer": str(of_tokenizer), "model": to_dict(model), "low_resolution": small, **how, **shared}
 
+    half = {"mixed_precision": "bf16"}
     training_process.train("generator", config("one"))
+    training_process.train("generator", config("one-half", **half))
     unfinished = shutil.ignore_patterns("final*", "checkpoint-000006")
     shutil.copytree(tmp_path / "one", tmp_path / "one-two", ignore=unfinished)
     (tmp_path / "one-two" / "tokens" / "tokens-00001.safetensors").unlink()
     jobs = [
         {"kind": "generator", "config": config("two")},
         {"kind": "generator", "config": config("one-two", parallel="fsdp", gradient_accumulation=2), "resume": True},
+        {"kind": "generator", "config": config("two-half", **half)},
+        {"kind": "generator", "config": config("two-half-fsdp", parallel="fsdp", **half)},
     ]
     errors = finish(processes := start(jobs, 2), 600)
     assert [process.returncode for process in processes] == [0, 0], errors
@@ -200,6 +206,9 @@ def test_processes_train_the_generator_that_one_trains(
         assert (tokens.index, tokens.keys, tokens.captions) == (wanted.index, wanted.keys, wanted.captions)
         for found, right in zip(tokens, wanted, strict=True):  # type: ignore[call-overload]
             assert torch.equal(found["tokens"], right["tokens"])
+    assert_same(tmp_path / "two-half-fsdp", tmp_path / "two-half")
+    assert curve(tmp_path / "two-half") == pytest.approx(curve(tmp_path / "one-half"), rel=2e-3)
+    assert curve(tmp_path / "one-half") != pytest.approx(curve(tmp_path / "one"), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -382,8 +391,7 @@ def test_other_errors_than_of_lost_processes_pass(tmp_path: Path) -> None:
 def run_where_torchao_is(test: str, directory: Path) -> None:
     """Runs a test of this file in a process that has torchao from beside the environment, where scripts/setup.sh puts it.
 
-    Not in the environment: transformers looks for torchao, which logs when it is imported, and other tests read what commands
-    print.
+    Not in the environment: transformers imports a torchao that it finds, which warns on stderr, and other tests read that.
     """
     beside = Path(sys.prefix, "torchao")
     if not (beside / "torchao" / "__init__.py").exists():
