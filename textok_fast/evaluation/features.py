@@ -166,7 +166,8 @@ class ClipScore:
         self.network, self.device = self.network.to(device), device
         self.title = f"CLIP {source}"
         self.longest = int(self.network.config.text_config.max_position_embeddings)
-        self.identity = {"clip": source.rstrip("/").rsplit("/", 1)[-1], "weights": fingerprint(self.network)}
+        name = self.source.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]  # the same weights are the same, pinned or not
+        self.identity = {"clip": name, "weights": fingerprint(self.network)}
 
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray, captions: Sequence[str]) -> Tensor:
@@ -236,14 +237,15 @@ def _load_transformers(source: str, model: str, processor: str) -> tuple[Any, An
             except InputError as error:  # such as one that lacks the weights
                 cached = f"; of what the cache has: {error}"
         # One question without retries, before transformers asks for each of its files with many.
-        commit = HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT).sha
+        HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
     except Exception as error:  # anything from a refused connection to a model that is not there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"no directory {source}, and the Hub has no such model or cannot be reached ({reason}): check the name and the "
-            f"network, or download it elsewhere and give its directory{cached}"
+            f"no directory {source}, and the Hub has no such model or cannot be reached ({_reason(error)}): check the name and "
+            f"the network, or download it elsewhere and give its directory{cached}"
         ) from None
-    return *_from_pretrained(source, name, commit, model, processor), f"{name}@{commit}"
+    loaded = _from_pretrained(source, name, revision or None, model, processor)
+    here = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return *loaded, f"{name}@{Path(here).parent.name}" if isinstance(here, str) else source
 
 
 def _from_pretrained(source: str, place: str, revision: str | None, model: str, processor: str) -> tuple[Any, Any]:
@@ -254,4 +256,9 @@ def _from_pretrained(source: str, place: str, revision: str | None, model: str, 
         network: nn.Module = getattr(transformers, model).from_pretrained(place, **given)
         return network.eval().requires_grad_(False), getattr(transformers, processor).from_pretrained(place, **given)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"cannot load {source} as a {model} of transformers: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot load {source} as a {model} of transformers: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """In one line, not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
