@@ -12,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from soft_weights import soft_weights
 
 from textok_fast import DiT, DiTConfig, TexTok, config, inference, interop
 from textok_fast.cli import _parse, main
 from textok_fast.diffusion import SAMPLERS
+from textok_fast.evaluation.metrics import psnr
 from textok_fast.inference import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +98,15 @@ def test_examples_of_the_engine(work: Path, packages: dict[str, Any], capsys: py
     assert set(packages) == {"packages/dit", "packages/tokenizer"} and names["pictures"].shape == (2, 64, 64, 3)
 
 
-def test_the_first_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (100, 100), (200, 30, 30)).save("scene.png")
+def test_the_first_example_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     names = run(read("README.md").split("\n## ", 1)[0])
     assert names["tokens"].mode().shape == (1, 8, 8)
     assert names["again"].shape == names["blind"].shape == names["other"].shape == names["made"].shape == (1, 64, 64, 3)
     assert not torch.equal(names["again"], names["other"])  # the caption decides what is decoded
+    original = np.asarray(names["image"])[None]
+    with_caption, without = (psnr(original, np.asarray(names[name])) for name in ("again", "blind"))
+    assert with_caption > without + 3  # dB
 
 
 def test_the_example_of_the_readme(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +299,24 @@ def test_the_table_of_losses_is_complete() -> None:
         assert said == (default if isinstance(default, float) else ("none" if default == "" else str(default).lower())), name
 
 
-def test_links_inside_the_page_exist() -> None:
-    text = read("docs/engine.md")
-    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", text, re.MULTILINE)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= titles
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "tests/golden/*/*.md", "textok_fast/pretrained/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    """Files that a document links to exist, and headings in them too."""
+    links = re.findall(r"\]\(([^()\s]*)\)", re.sub(r"```.*?```|`[^`\n]*`", "", read(document), flags=re.DOTALL))
+    for link in links:
+        place, _, heading = link.partition("#")
+        if re.match(r"[a-z]+:", place):  # elsewhere
+            continue
+        target = (ROOT / document).parent / place if place else ROOT / document
+        assert target.exists(), f"{document} links to {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{document} links to {link}"

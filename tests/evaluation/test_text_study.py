@@ -113,8 +113,10 @@ def test_what_the_study_varies_is_no_setting():
         StudyConfig(Path("x"), seeds=[1, 1])
 
 
-def test_features_that_cannot_be_had_are_told_before_anything_is_trained(tmp_path):
+def test_what_cannot_be_measured_is_told_before_anything_is_trained(tmp_path):
     out = tmp_path / "study"
+    with pytest.raises(InputError, match="have 2048 pictures; 3000 were to be compared"):
+        text_study(StudyConfig(out, pictures=3000, overrides=TINY))
     with pytest.raises(InputError, match="no features inception"):
         text_study(StudyConfig(out, features=["inception"]))
     assert not out.exists()

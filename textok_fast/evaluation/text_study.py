@@ -101,8 +101,11 @@ def text_study(config: StudyConfig, *, command: str | None = None, progress: boo
     and for a training that fails.
     """
     out = config.out
-    runs = [_Run(*each) for each in ((n, text, seed) for seed in config.seeds for n in config.tokens for text in config.text)]
     base = load_config(TokenizerTrainConfig, config.recipe, overrides=config.overrides)
+    data = {split: load_dataset(base.data, split) for split in SPLITS}
+    if (fewest := min(len(dataset) for dataset in data.values())) < config.pictures:
+        raise InputError(f"the held-out splits have {fewest} pictures; {config.pictures} were to be compared (--pictures)")
+    runs = [_Run(*each) for each in ((n, text, seed) for seed in config.seeds for n in config.tokens for text in config.text)]
     networks = _networks(config.features)
     settings: dict[str, Any] = {"training": to_dict(base), "pictures": config.pictures}
     settings["features"] = {network.label: {"title": network.title, **network.identity} for network in networks}
@@ -113,7 +116,7 @@ def text_study(config: StudyConfig, *, command: str | None = None, progress: boo
     result = {
         **provenance(command),
         **settings,
-        "data": {split: load_dataset(base.data, split).describe() for split in SPLITS},
+        "data": {split: dataset.describe() for split, dataset in data.items()},
         "tokens": list(config.tokens),
         "text": list(config.text),
         "seeds": list(config.seeds),
