@@ -330,7 +330,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the wear of --images, 0 to 1 (default: that of the training)")  # fmt: skip
     text = _command(kinds, "text", run_evaluate, "CLIP score of pictures and their captions",
         "textok-fast evaluate text --samples samples --clip openai/clip-vit-large-patch14 --out evaluation")  # fmt: skip
-    text.add_argument("--clip", required=True, help="a CLIP of transformers: a directory or a Hub id")
+    text.add_argument("--clip", default="", metavar="CLIP",
+        help="a CLIP of transformers: a directory, a Hub id such as openai/clip-vit-base-patch32, or ID@REVISION")  # fmt: skip
     for made in (generation, text):
         made.add_argument(
             "--samples",
@@ -384,10 +385,13 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument("--image-size", type=int, help="of pictures in files (default: the first one's; shards need it)")
     for task in (reconstruction, generation):
         task.add_argument("--lpips", nargs="+", default=[], metavar="FILE",
-            help="VGG16's weights for ImageNet, a file or a Hub id, and LPIPS' heads if not torchmetrics' copy"
-            + ("; of super-resolution" if task is generation else ""))  # fmt: skip
+            help="VGG16's weights for ImageNet: a file, a URL, a Hub id, or 'published'; and LPIPS' heads if not torchmetrics' "
+            "copy" + ("; of super-resolution" if task is generation else ""))  # fmt: skip
+        task.add_argument("--lpips-sha256", nargs="+", default=[], metavar="HASH",
+            help="what these must have, in their order; a URL needs it")  # fmt: skip
         task.add_argument("--features", nargs="+", default=["inception"], metavar="NETWORK",
-            help="inception, pixels, random, or a vision model of transformers by directory or Hub id (default: inception)",
+            help="inception, pixels, random, or a vision model of transformers by directory, Hub id or ID@REVISION "
+            "(default: inception)",
         )  # fmt: skip
     for task in (reconstruction, generation, text):
         task.add_argument("--npz", action="store_true", help="also write the pictures as an .npz batch, for other evaluators")
@@ -791,7 +795,7 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
             "command": args.command_line,
             "progress": advance,
         }
-        for name in ("features", "inception", "inception_sha256", "image_size", "npz"):
+        for name in ("features", "inception", "inception_sha256", "lpips_sha256", "image_size", "npz"):
             if hasattr(args, name):
                 given[name] = getattr(args, name)
         options = evaluate.Options(**given)
@@ -835,7 +839,7 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
                     options=options,
                 )
             elif args.task == "generation":
-                if args.images or lpips or args.strength is not None:
+                if args.images or lpips or args.lpips_sha256 or args.strength is not None:
                     raise InputError(
                         "--images, --strength and --lpips are of super-resolution, which is compared with originals"
                     )
@@ -1028,7 +1032,7 @@ def run_info(args: argparse.Namespace) -> dict[str, Any]:
 class _progress:
     """A bar on stderr whose callback takes (done, total); it appears with the first call, so that a mistake is one line.
 
-    ``announcement`` is printed before it.
+    What is done by then counts as there before: it is in no rate. ``announcement`` is printed before the bar.
     """
 
     def __init__(self, title: str, silent: bool, announcement: str = "") -> None:
@@ -1045,7 +1049,8 @@ class _progress:
             if self.announcement:
                 print(self.announcement, flush=True)
             interval = 0.5 if sys.stderr.isatty() else 20.0
-            self.bar = tqdm(desc=self.title, total=total, disable=self.silent, file=sys.stderr, mininterval=interval)
+            given: dict[str, Any] = {"disable": self.silent, "file": sys.stderr, "mininterval": interval}
+            self.bar = tqdm(desc=self.title, total=total, initial=done, **given)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
         if done >= total:  # what follows has a bar of its own

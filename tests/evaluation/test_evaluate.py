@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import string
@@ -18,14 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from file_server import serving
 from narrow_inception import save_inception
 from PIL import Image
 from safetensors.torch import save_file
 
 from textok_fast import DiT, DiTConfig, InputError, TexTok
-from textok_fast.cli import main
+from textok_fast.cli import _progress, main
 from textok_fast.evaluation import evaluate, inception, psnr, ssim
 from textok_fast.evaluation.batches import NpzPictures
+from textok_fast.evaluation.downloads import file_sha256
 from textok_fast.evaluation.evaluate import (
     Options,
     PipelinePictures,
@@ -35,7 +38,7 @@ from textok_fast.evaluation.evaluate import (
     evaluate_text,
     write_reference,
 )
-from textok_fast.evaluation.features import InceptionNetwork, PixelNetwork
+from textok_fast.evaluation.features import ClipScore, InceptionNetwork, PixelNetwork, load_networks
 from textok_fast.evaluation.fidelity import (
     codebook_use,
     frechet_distance,
@@ -161,28 +164,73 @@ def test_fid_is_said_of_the_published_weights_alone(
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-def test_lpips_of_the_training(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., perceptual.LPIPS]:
+    """Loads a small LPIPS, as evaluations then do; its files are in served/: vgg, heads and, with both, lpips.safetensors."""
     channels = (2, 2, 3, 3, 4)
     torch.manual_seed(0)
     network = perceptual.LPIPS(channels)
     state = {}
     for place, number in enumerate(number for stage in perceptual.VGG16_CONVOLUTIONS for number in stage):
         state |= {f"features.{number}.{name}": value for name, value in network.convolutions[place].named_parameters()}
-    state |= {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(channels)}
-    save_file({name: value.detach().contiguous() for name, value in state.items()}, tmp_path / "lpips.safetensors")
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(channels)}
+    (tmp_path / "served").mkdir()
+    for name, tensors in (("vgg", state), ("heads", heads), ("lpips", state | heads)):
+        given = {key: value.detach().contiguous() for key, value in tensors.items()}
+        save_file(given, tmp_path / "served" / f"{name}.safetensors")
     load = functools.partial(perceptual.load_lpips, channels=channels)
     monkeypatch.setattr(evaluate, "load_lpips", load)
+    return load
+
+
+def test_lpips_of_the_training(work: Path, tmp_path: Path, lpips: Callable[..., perceptual.LPIPS]) -> None:
     model, images = str(work / "tokenizer"), str(work / "photos")
     options = Options(features=["pixels"], part_size=5, npz=True)
-    found = evaluate_reconstruction(
-        model, images, tmp_path / "out", lpips=(str(tmp_path / "lpips.safetensors"), ""), options=options
-    )
+    weights = str(tmp_path / "served/lpips.safetensors")
+    found = evaluate_reconstruction(model, images, tmp_path / "out", lpips=(weights, ""), options=options)
     assert found is not None and "LPIPS" not in found.missing
     made = NpzPictures(tmp_path / "out/reconstructions.npz").read(0, COUNT).pictures
     first, second = (torch.from_numpy(each).permute(0, 3, 1, 2) / 127.5 - 1 for each in (made, drawn(COUNT)))
-    expected = load(str(tmp_path / "lpips.safetensors"))(first, second).mean()
+    expected = lpips(weights)(first, second).mean()
     assert found.metrics["lpips"].value == pytest.approx(float(expected), rel=1e-4)
     assert found.metrics["lpips"].value > 0.001
+
+
+def test_lpips_by_url_and_hash(
+    run: Callable[..., dict[str, Any]],
+    lpips: Callable[..., perceptual.LPIPS],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TEXTOK_CACHE", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    arguments = ["reconstruction", "--model", "tokenizer", "--images", "photos", "--features", "pixels", *PART, "--out"]
+    here = run(*arguments, tmp_path / "here", "--lpips", served / "vgg.safetensors", served / "heads.safetensors")
+    vgg, heads = (file_sha256(served / f"{name}.safetensors") for name in ("vgg", "heads"))
+    with serving(served) as server:
+        urls = [f"{server.url}/{name}.safetensors" for name in ("vgg", "heads")]
+        there = run(*arguments, tmp_path / "there", "--lpips", *urls, "--lpips-sha256", vgg, heads)
+        half = [served / "vgg.safetensors", urls[1], "--lpips-sha256", "", heads]  # a file needs none
+        assert values(run(*arguments, tmp_path / "half", "--lpips", *half)) == values(there) == values(here)
+        assert sorted(path for path, _ in server.asked) == ["/heads.safetensors", "/vgg.safetensors"]
+        for given, message in (
+            ([*urls, "--lpips-sha256", vgg], f"give the sha256 of {urls[1]}"),
+            ([urls[0]], f"give the sha256 of {urls[0]}"),
+            ([f"{urls[0]}?other", "--lpips-sha256", heads], "what came has the sha256 " + vgg),
+            ([urls[0], "--lpips-sha256", vgg, heads], "2 hashes of the 1"),
+            ([served / "vgg.safetensors", "--lpips-sha256", heads], "not the file that was meant"),
+            ([served, "--lpips-sha256", heads], "is a directory"),
+        ):
+            assert main(["evaluate", *map(str, [*arguments, tmp_path / "no", "--lpips", *given])]) == 2
+            assert message in capsys.readouterr().err
+        # torchvision's file by name, downloaded once.
+        monkeypatch.setattr(evaluate, "VGG16_URL", f"{server.url}/lpips.safetensors")
+        monkeypatch.setattr(evaluate, "VGG16_SHA256", file_sha256(served / "lpips.safetensors"))
+        assert values(run(*arguments, tmp_path / "named", "--lpips", "published")) == values(here)
+    assert values(run(*arguments, tmp_path / "later", "--lpips", "published")) == values(here)
+    assert main(["evaluate", *map(str, [*arguments, tmp_path / "no", "--lpips-sha256", vgg])]) == 2
+    assert "--lpips names" in capsys.readouterr().err
 
 
 def test_captions_matter_and_can_be_withheld(
@@ -332,6 +380,62 @@ def test_clip_score(run: Callable[..., dict[str, Any]], clip: Any, work: Path, t
         evaluate_text(str(tmp_path / "samples.npz"), tmp_path / "x", clip=str(directory))
 
 
+def test_without_a_clip_it_says_so(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """As `generation` without Inception: an error, or what else was asked for."""
+    with pytest.raises(InputError, match=r"the CLIP score needs a CLIP of transformers: --clip DIR.*clip-vit-base-patch32"):
+        evaluate_text("photos", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    found = run("text", "--samples", "photos", *PART, "--npz", "--out", tmp_path / "text")
+    assert not found["metrics"] and "--clip DIR" in found["missing"]["CLIP score"]
+    np.testing.assert_array_equal(NpzPictures(tmp_path / "text/samples.npz").read(0, COUNT).pictures, drawn(COUNT))
+
+
+@pytest.fixture
+def hub(clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A Hub that cannot be reached, and a cache with two commits of team/clip. The models that it was asked for."""
+    from huggingface_hub import HfApi, constants
+
+    repository = tmp_path / "hub/models--team--clip"
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        shutil.copytree(clip[0], repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    older = type(clip[1])(clip[1].config)
+    older.save_pretrained(repository / "snapshots" / ("b" * 40))
+    asked: list[str] = []
+
+    def unreachable(self: HfApi, name: str, *, revision: str | None, timeout: float) -> None:
+        asked.append(f"{name}@{revision}")
+        raise RuntimeError("no network\nhere")  # httpx's errors are no OSError either
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    return asked
+
+
+def test_a_revision_of_the_hub_can_be_pinned(hub: list[str], clip: Any, work: Path, tmp_path: Path) -> None:
+    scores = {}
+    for source, commit in (("team/clip", "a"), ("team/clip@v1", "b"), (f"team/clip@{'b' * 40}", "b"), (str(clip[0]), "")):
+        found = evaluate_text(str(work / "photos"), tmp_path / f"out-{commit}", clip=source)  # a pin goes on with the same
+        assert found is not None and found.settings["clip"] == (f"team/clip@{commit * 40}" if commit else source)
+        scores[source] = found.metrics["clip_score"].value
+    main_, tag, commit, directory = scores.values()
+    assert main_ == directory != tag == commit
+    assert not hub  # what is in the cache asks nobody
+    (network,), _ = load_networks(["team/clip@v1"])
+    assert network.title == "the pooled features of team/clip@v1" and not hub
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_one_question(hub: list[str], work: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no directory team/other@v2, and the Hub .*\(no network here\): check the name"):
+        ClipScore("team/other@v2")
+    assert hub == ["team/other@v2"]
+    (tmp_path / "hub/models--team--clip/snapshots" / ("a" * 40) / "model.safetensors").unlink()  # stopped before it came
+    with pytest.raises(InputError, match="of what the cache has: cannot load team/clip as a CLIPModel"):
+        ClipScore("team/clip")
+    assert hub[1:] == ["team/clip@None"]
+
+
 def test_prompts_are_taken_in_turn(
     make_tokenizer: Callable[..., TexTok], loads_fake_text: Any, clip: Any, tmp_path: Path
 ) -> None:
@@ -470,6 +574,30 @@ def test_a_killed_run_goes_on_and_ends_with_the_same(run: Callable[..., dict[str
     continued = run(*arguments, "--out", out)
     assert values(continued) == values(uninterrupted)
     assert before.items() <= parts(out).items()  # what was there was not computed again
+
+
+def test_progress_begins_with_what_is_there(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int]] = []
+    options = Options(features=["pixels"], part_size=5, progress=lambda done, total: seen.append((done, total)))
+    arguments = str(work / "tokenizer"), str(work / "photos"), tmp_path / "out"
+    evaluate_reconstruction(*arguments, options=options)
+    assert seen == [(0, 12), (5, 12), (10, 12), (12, 12)]  # the first before the first part
+    for stage, part in (("psnr-ssim", 1), ("codes", 1)):
+        (tmp_path / "out/parts" / stage / f"{part:06d}.safetensors").unlink()
+    seen.clear()
+    evaluate_reconstruction(*arguments, options=options)
+    assert seen == [(7, 12), (12, 12)]
+    # The bar counts them as done, and not as fast.
+    bar = _progress("reconstruction", silent=False)
+    with bar as advance:
+        advance(7, 12)
+        assert "7/12" in capsys.readouterr().err
+        time.sleep(0.1)
+        advance(12, 12)
+        told = bar.bar.format_dict
+        assert (told["initial"], told["n"], told["total"]) == (7, 12, 12) and told["elapsed"] >= 0.1
+    rate = re.search(r"12/12 \[.*, +([\d.]+)it/s\]", capsys.readouterr().err)
+    assert rate is not None and float(rate[1]) <= 5 / 0.1
 
 
 def test_two_processes_find_what_one_finds(run: Callable[..., dict[str, Any]], work: Path, tmp_path: Path) -> None:

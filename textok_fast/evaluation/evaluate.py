@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from textok_fast.config import GeneratorTrainConfig, from_mapping, read_yaml
 from textok_fast.data import load_dataset
 from textok_fast.data.degradation import degrade
+from textok_fast.data.storage import is_url
 from textok_fast.data.token_cache import shard_ranges
 from textok_fast.errors import InputError
 from textok_fast.evaluation.batches import (
@@ -42,6 +43,7 @@ from textok_fast.evaluation.batches import (
     open_pictures,
     write_npz,
 )
+from textok_fast.evaluation.downloads import download, require_sha256
 from textok_fast.evaluation.features import ClipScore, FeatureNetwork, exact_convolutions, load_networks
 from textok_fast.evaluation.fidelity import (
     NEIGHBOURS,
@@ -65,12 +67,13 @@ from textok_fast.inference.pipelines import (
     load_pipeline,
 )
 from textok_fast.inference.plan import Plan
+from textok_fast.interop.weights import locate
 from textok_fast.modeling.autoencoder import load_tokenizer
 from textok_fast.modeling.encoding import fingerprint
 from textok_fast.modeling.shipped import find_model
 from textok_fast.modeling.tokenizer import TexTok
 from textok_fast.pictures import image_grid
-from textok_fast.training.perceptual import load_lpips
+from textok_fast.training.perceptual import VGG16_SHA256, VGG16_URL, load_lpips
 
 PUBLISHED_COUNT = 50_000  # pictures of published FIDs
 REFERENCE_PICTURES = 10_000  # of a reference batch, for precision and recall
@@ -79,6 +82,7 @@ GRID_PICTURES = 16
 PICTURE_METRICS = (("psnr", "PSNR, dB", "higher"), ("ssim", "SSIM", "higher"), ("lpips", "LPIPS (VGG)", "lower"))
 PART_SIZE = FEATURE_BATCH
 LPIPS_SMALLEST = 16  # pixels
+NO_CLIP = "needs a CLIP of transformers: --clip DIR, or a Hub id such as openai/clip-vit-base-patch32"
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Options:
     Attributes:
         features: "inception", "pixels", or vision models of transformers by directory or Hub id.
         inception: Inception's weights: a file, a URL, "published", or "" for the cache's; ``inception_sha256`` is checked.
+        lpips_sha256: of the tasks' ``lpips``, in that order, "" for none: checked, and what a URL needs.
         count: pictures, at most; None is all of a set, and 50,000 of a generator.
         image_size: of pictures in files, where no model says it; None is the first one's.
         crop: of pictures in files: "center", or "adm", by the steps that made ADM's reference batches.
@@ -102,6 +107,7 @@ class Options:
     features: Sequence[str] = ("inception",)
     inception: str = ""
     inception_sha256: str = ""
+    lpips_sha256: Sequence[str] = ()
     count: int | None = None
     image_size: int | None = None
     crop: PictureCrop = "center"
@@ -213,8 +219,8 @@ def evaluate_reconstruction(
         images: a folder, WebDataset shards, or an .npz batch, which has no captions.
         reference: an .npz reference batch for the Fréchet distance; "" compares with the originals.
         with_captions: False gives the tokenizer the null caption.
-        lpips: weights of VGG16 and LPIPS' heads, as :func:`textok_fast.training.perceptual.load_lpips` takes them; "" leaves
-            LPIPS out.
+        lpips: weights of VGG16 and LPIPS' heads, as :func:`textok_fast.training.perceptual.load_lpips` takes them, URLs, or
+            "published" for torchvision's VGG16; "" leaves LPIPS out.
 
     Returns None in processes other than the main one. InputError for what cannot be read, and for a directory with results of
     other models, pictures or settings.
@@ -231,7 +237,7 @@ def evaluate_reconstruction(
     part = _reconstructor(Engine(cast(Any, tokenizer), plan), pictures, options.batch_size, with_captions)
     made_by = {"tokenizer": fingerprint(tokenizer), "precision": plan.precision, "captions": with_captions}
     made_by = {**made_by, "pictures": pictures.identity}
-    comparisons = _comparisons(size, lpips, options.device, made_by, missing)
+    comparisons = _comparisons(size, lpips, options, made_by, missing)
     stages = list(comparisons)
     if reads_captions := with_captions and isinstance(tokenizer, TexTok) and tokenizer.config.text != "none":
         stages.append(Stage("captions", made_by, lambda pair: {"given": torch.tensor([bool(text) for text in pair.captions])}))
@@ -324,7 +330,7 @@ def _reconstruct(
 
 
 def _comparisons(
-    size: int, lpips: tuple[str, str], device: torch.device, made_by: dict[str, Any], missing: dict[str, str]
+    size: int, lpips: tuple[str, str], options: Options, made_by: dict[str, Any], missing: dict[str, str]
 ) -> list[Stage[_Pair]]:
     """The stages of :data:`PICTURE_METRICS`; what cannot be computed of pictures of ``size`` px goes to ``missing``."""
     stages: list[Stage[_Pair]] = []
@@ -334,14 +340,36 @@ def _comparisons(
     except InputError as error:  # no torchmetrics, or pictures too small for SSIM
         missing["PSNR, SSIM"] = str(error)
     if not lpips[0]:
-        missing["LPIPS"] = "it needs VGG16's weights for ImageNet: --lpips FILE, such as torchvision's vgg16-397923af.pth"
+        if any(options.lpips_sha256):
+            raise InputError("--lpips-sha256 is of what --lpips names, which is not given")
+        missing["LPIPS"] = (
+            f"it needs VGG16's weights for ImageNet: --lpips published downloads them once (528 MB, {VGG16_URL}), "
+            "--lpips FILE takes a copy"
+        )
     elif size < LPIPS_SMALLEST:
         missing["LPIPS"] = f"it needs pictures of at least {LPIPS_SMALLEST} px, these have {size}"
     else:
-        network = load_lpips(*lpips).to(device)
+        network = load_lpips(*_lpips_files(lpips, options.lpips_sha256)).to(options.device)
         described = {**made_by, "lpips": fingerprint(network)}
         stages.append(Stage("lpips", described, lambda pair: {"lpips": _lpips(network, pair)}))
     return stages
+
+
+def _lpips_files(lpips: tuple[str, str], sha256: Sequence[str]) -> tuple[str, str]:
+    """What ``load_lpips`` takes: URLs are downloaded, and what has a hash is checked."""
+    if len(sha256) > sum(map(bool, lpips)):
+        raise InputError(f"--lpips-sha256 has {len(sha256)} hashes of the {sum(map(bool, lpips))} that --lpips names")
+    found = []
+    for source, wanted in itertools.zip_longest(lpips, sha256, fillvalue=""):
+        if source == "published":
+            found.append(str(download(VGG16_URL, wanted or VGG16_SHA256, "lpips")))
+        elif is_url(source):
+            found.append(str(download(source, wanted, "lpips")))
+        elif wanted and (path := locate(source)).is_dir():
+            raise InputError(f"a sha256 is of a file, and {source} is a directory: name the file in it")
+        else:
+            found.append(str(require_sha256(path, wanted)) if wanted else source)
+    return found[0], found[1]
 
 
 # -- generation and text ----------------------------------------------------------------------------------------------------
@@ -476,42 +504,51 @@ def is_super_resolution(samples: str) -> bool:
 
 
 def evaluate_text(
-    samples: str, out: Path, *, clip: str, sampling: Sampling | None = None, options: Options | None = None
+    samples: str, out: Path, *, clip: str = "", sampling: Sampling | None = None, options: Options | None = None
 ) -> Evaluation | None:
     """The CLIP score of pictures and their captions.
 
     Args:
         samples: a pipeline's directory, or a folder or shards of captioned pictures, as ``textok-fast sample`` writes.
-        clip: a CLIP of transformers: a directory or a Hub id.
+        clip: a CLIP of transformers: a directory, a Hub id or "ID@REVISION". Without one, ``options.npz`` is all that is done.
 
-    Returns None in processes other than the main one. InputError as for :func:`evaluate_reconstruction`, and for pictures
-    without captions.
+    Returns None in processes other than the main one. InputError as for :func:`evaluate_reconstruction`, for pictures without
+    captions, and where there is nothing to do.
     """
     options = Options() if options is None else options
+    if not clip and not options.npz:
+        raise InputError(f"nothing can be computed: the CLIP score {NO_CLIP}")
     parts = Parts(out / "parts", options.part_size, Processes.join())
     pictures = _samples(samples, sampling, parts, options)
-    scorer = ClipScore(clip, options.device)
+    stages = _kept(pictures)
+    settings: dict[str, Any] = {"samples": samples, "pictures": len(pictures)}
+    if clip:
+        scorer = ClipScore(clip, options.device)
 
-    def score(batch: Batch) -> dict[str, Tensor]:
-        captions = batch.captions
-        if captions is None or not all(captions):
-            raise InputError(f"{samples} has pictures without a caption: a CLIP score compares each with its own")
-        rows = [slice(start, start + FEATURE_BATCH) for start in range(0, len(captions), FEATURE_BATCH)]
-        return {"score": torch.cat([scorer(batch.pictures[row], captions[row]) for row in rows])}
+        def score(batch: Batch) -> dict[str, Tensor]:
+            captions = batch.captions
+            if captions is None or not all(captions):
+                raise InputError(f"{samples} has pictures without a caption: a CLIP score compares each with its own")
+            rows = [slice(start, start + FEATURE_BATCH) for start in range(0, len(captions), FEATURE_BATCH)]
+            return {"score": torch.cat([scorer(batch.pictures[row], captions[row]) for row in rows])}
 
-    stage = Stage("clip", {**scorer.identity, "pictures": pictures.identity}, score)
+        stages.append(Stage("clip", {**scorer.identity, "pictures": pictures.identity}, score))
+        settings["clip"] = scorer.source
     count = len(pictures)
-    parts.run([Job(count, pictures.read, [*_kept(pictures), stage])], options.progress)
+    parts.run([Job(count, pictures.read, stages)], options.progress)
     if not parts.processes.is_main:
         return None
-    scores = parts.gather("clip", count)["score"].double()
-    error = float(scores.std() / math.sqrt(count)) if count > 1 else 0.0
-    metrics = {"clip_score": Metric(float(scores.mean()), f"CLIP score ({clip})", "higher", {"standard error": error})}
-    settings = {"samples": samples, "pictures": count, "clip": clip}
+    metrics, missing = {}, {}
+    if clip:
+        scores = parts.gather("clip", count)["score"].double()
+        error = float(scores.std() / math.sqrt(count)) if count > 1 else 0.0
+        metrics["clip_score"] = Metric(float(scores.mean()), f"CLIP score ({clip})", "higher", {"standard error": error})
+    else:
+        missing["CLIP score"] = f"it {NO_CLIP}"
     settings |= _sampling_settings(pictures) | _settings(options, parts)
     written = _write_npz(pictures, parts.size, out / "samples.npz") if options.npz else []
     shown = pictures.read(0, min(GRID_PICTURES, count))
-    return _finish("text", out, metrics, {}, settings, [], options, shown.pictures, shown.captions, 4, written)
+    return _finish("text", out, metrics, missing, settings, [], options, shown.pictures, shown.captions, 4, written)
 
 
 def captions_of(images: str | Path) -> list[str]:
@@ -638,7 +675,7 @@ def evaluate_super_resolution(
         small = [degrade(picture, index=first + i, **wear) for i, picture in enumerate(originals)]
         return _Enlarged(first, originals, np.stack(small), captions or [""] * len(originals), parts)
 
-    compared = _comparisons(size, lpips, options.device, {}, missing)
+    compared = _comparisons(size, lpips, options, {}, missing)
     stages: list[Stage[_Enlarged]] = []
     for way in ways:
         stages.append(Stage(way.stage, way.identity, lambda part, way=way: {"pictures": torch.from_numpy(part.made(way))}))  # type: ignore[misc]

@@ -20,6 +20,7 @@ from textok_fast.errors import InputError
 from textok_fast.evaluation.inception import find_inception, load_inception
 from textok_fast.modeling.encoding import fingerprint
 
+HUB_TIMEOUT = 20  # seconds, for the question whether there is such a model
 PIXEL_GRID = 8  # pixels: of PixelNetwork, 3 x 8 x 8 = 192 numbers
 RANDOM_STAGES = (16, 32, 48, 64, 96)  # channels of RandomNetwork's stages, each at half the size of the one before: 256 numbers
 
@@ -128,12 +129,13 @@ class RandomNetwork:
 
 
 class TransformersNetwork:
-    """The pooled features of a vision model of transformers (DINOv2, a CLIP's image tower, a ViT), by directory or Hub id."""
+    """The pooled features of a vision model of transformers (DINOv2, a CLIP's image tower, a ViT), by directory, Hub id or
+    "ID@REVISION"."""
 
     is_fid = False
 
     def __init__(self, source: str, device: str | torch.device = "cpu") -> None:
-        self.network, self.processor = _load_transformers(source, "AutoModel", "AutoImageProcessor")
+        self.network, self.processor, _ = _load_transformers(source, "AutoModel", "AutoImageProcessor")
         self.network = getattr(self.network, "vision_model", self.network).to(device)
         self.device = device
         self.label = source.rstrip("/").rsplit("/", 1)[-1]
@@ -155,15 +157,17 @@ class TransformersNetwork:
 class ClipScore:
     """100 max(cos(picture, caption), 0) of a CLIP of transformers (Hessel et al. 2021, arXiv 2104.08718, without their 2.5).
 
-    Captions are cut at the length that the model reads. Values of different CLIPs cannot be compared.
+    Captions are cut at the length that the model reads. Values of different CLIPs cannot be compared. ``source`` is then what
+    was loaded: a directory, or ID@COMMIT of the Hub.
     """
 
     def __init__(self, source: str, device: str | torch.device = "cpu") -> None:
-        self.network, self.processor = _load_transformers(source, "CLIPModel", "AutoProcessor")
+        self.network, self.processor, self.source = _load_transformers(source, "CLIPModel", "AutoProcessor")
         self.network, self.device = self.network.to(device), device
         self.title = f"CLIP {source}"
         self.longest = int(self.network.config.text_config.max_position_embeddings)
-        self.identity = {"clip": source.rstrip("/").rsplit("/", 1)[-1], "weights": fingerprint(self.network)}
+        name = self.source.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]  # the same weights are the same, pinned or not
+        self.identity = {"clip": name, "weights": fingerprint(self.network)}
 
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray, captions: Sequence[str]) -> Tensor:
@@ -179,7 +183,8 @@ class ClipScore:
 def load_networks(
     names: Sequence[str], inception: str = "", sha256: str = "", device: str | torch.device = "cpu"
 ) -> tuple[list[FeatureNetwork], dict[str, str]]:
-    """The networks of "inception", "pixels", "random" and others by directory or Hub id, and why one cannot be had.
+    """The networks of "inception", "pixels", "random" and others by directory, Hub id or "ID@REVISION" (a branch, a tag or a
+    commit), and why one cannot be had.
 
     ``inception``, ``sha256``: as in :func:`~textok_fast.evaluation.inception.find_inception`; weights that were named and are
     not there are an InputError. So is a name twice.
@@ -212,13 +217,48 @@ def exact_convolutions() -> Iterator[None]:
         yield
 
 
-def _load_transformers(source: str, model: str, processor: str) -> tuple[Any, Any]:
+def _load_transformers(source: str, model: str, processor: str) -> tuple[Any, Any, str]:
+    """A model, its processor, and what was loaded: a directory, or ID@COMMIT of the Hub, whose cache is asked first."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return *_from_pretrained(source, str(path), None, model, processor), source
+    if source.startswith((".", "/", "~")):
+        raise InputError(f"no directory {source}: wanted a model that transformers reads, or a Hub id")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    name, _, revision = source.partition("@")
+    cached = ""
+    try:
+        here = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        if isinstance(here, str):
+            folder = Path(here).parent  # named by its commit
+            try:
+                return *_from_pretrained(source, str(folder), None, model, processor), f"{name}@{folder.name}"
+            except InputError as error:  # such as one that lacks the weights
+                cached = f"; of what the cache has: {error}"
+        # One question without retries, before transformers asks for each of its files with many.
+        HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
+    except Exception as error:  # anything from a refused connection to a model that is not there
+        raise InputError(
+            f"no directory {source}, and the Hub has no such model or cannot be reached ({_reason(error)}): check the name and "
+            f"the network, or download it elsewhere and give its directory{cached}"
+        ) from None
+    loaded = _from_pretrained(source, name, revision or None, model, processor)
+    here = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return *loaded, f"{name}@{Path(here).parent.name}" if isinstance(here, str) else source
+
+
+def _from_pretrained(source: str, place: str, revision: str | None, model: str, processor: str) -> tuple[Any, Any]:
     import transformers
 
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise InputError(f"no directory {source}: wanted a model that transformers reads, or a Hub id")
+    given = {} if revision is None else {"revision": revision}
     try:
-        network: nn.Module = getattr(transformers, model).from_pretrained(Path(source).expanduser().as_posix())
-        return network.eval().requires_grad_(False), getattr(transformers, processor).from_pretrained(source)
+        network: nn.Module = getattr(transformers, model).from_pretrained(place, **given)
+        return network.eval().requires_grad_(False), getattr(transformers, processor).from_pretrained(place, **given)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"cannot load {source} as a {model} of transformers: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot load {source} as a {model} of transformers: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """In one line, not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

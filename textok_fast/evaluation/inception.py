@@ -7,20 +7,19 @@ with 1,008 classes, average pools that leave the border's zeros out, and a maxim
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor, nn
 
+from textok_fast.data.storage import is_url
 from textok_fast.errors import InputError
+from textok_fast.evaluation.downloads import cached_path, download, file_sha256, require_sha256
 from textok_fast.interop.weights import read_weights
 from textok_fast.modeling.saving import load_state
-from textok_fast.paths import cache_dir
 
 PUBLISHED_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # torch-fidelity's file is the same
@@ -251,28 +250,19 @@ def find_inception(source: str = "", sha256: str = "") -> Path:
             that an earlier download left there.
         sha256: what the file must have. A URL needs it, but for the published one, whose is known.
     """
-    if source and source != "published" and "://" not in source:
+    if source and source != "published" and not is_url(source):
         path = Path(source).expanduser()
         if not path.is_file():
             raise InputError(f"no file {source}: give Inception's weights, or 'published' to download them")
-    else:
-        url = PUBLISHED_URL if source in ("", "published") else source
-        wanted = sha256 or (PUBLISHED_SHA256 if url == PUBLISHED_URL else "")
-        if not wanted:
-            raise InputError(f"give the sha256 of {url}: what is downloaded is not used unchecked")
-        path = cache_dir() / "inception" / f"{wanted[:16]}-{url.rsplit('/', 1)[-1]}"
-        if not path.is_file() and not source:
-            raise InputError(
-                f"Inception's weights are not here: --inception published downloads them once (95 MB, {PUBLISHED_URL}), "
-                "--inception FILE takes a copy"
-            )
-        if not path.is_file():
-            _download(url, path, wanted)
-        sha256 = wanted
-    found = _file_sha256(path)
-    if sha256 and found != sha256.lower():
-        raise InputError(f"{path} has the sha256 {found}, wanted {sha256.lower()}: it is not the file that was meant")
-    return path
+        return require_sha256(path, sha256)
+    url = PUBLISHED_URL if source in ("", "published") else source
+    wanted = sha256 or (PUBLISHED_SHA256 if url == PUBLISHED_URL else "")
+    if not source and not cached_path(url, wanted, "inception").is_file():
+        raise InputError(
+            f"Inception's weights are not here: --inception published downloads them once (95 MB, {PUBLISHED_URL}), "
+            "--inception FILE takes a copy"
+        )
+    return download(url, wanted, "inception")
 
 
 def load_inception(path: str | Path, device: str | torch.device = "cpu") -> InceptionWeights:
@@ -290,22 +280,5 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
     # The published file was written before batch norms counted batches, and nothing reads the count.
     state = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **state}
     load_state(network, state, str(path))
-    digest = _file_sha256(path)
+    digest = file_sha256(path)
     return InceptionWeights(network.to(device).eval(), digest, digest == PUBLISHED_SHA256)
-
-
-def _download(url: str, path: Path, sha256: str) -> None:
-    """By torch.hub, which writes beside the place, checks the hash and moves."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if path.is_file():  # another process has just fetched it
-            return
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-        except (OSError, RuntimeError, ValueError) as error:  # no network; another hash; no URL
-            raise InputError(f"cannot download {url}: {error}") from None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

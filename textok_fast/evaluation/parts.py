@@ -27,7 +27,7 @@ from textok_fast.ops.device import default_device
 
 PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
-Progress = Callable[[int, int], None]  # pictures done, and in all, by this process
+Progress = Callable[[int, int], None]  # this process's pictures that are done, and in all; first those that were there
 Values = Mapping[str, Tensor | list[str]]  # of n pictures: tensors (n, ...), or n strings
 P = TypeVar("P")
 
@@ -96,7 +96,8 @@ class Parts:
         self.directory, self.size, self.processes = directory, size, processes
 
     def run(self, jobs: list[Job[Any]], progress: Progress | None = None) -> None:
-        """Computes this process's share of what is not there yet, then waits for the others.
+        """Computes this process's share of what is not there yet, then waits for the others. ``progress`` is called before
+        the first part too.
 
         InputError when a stage's directory holds values of another identity, and, in the main process, when the others wrote
         elsewhere.
@@ -105,13 +106,19 @@ class Parts:
             for stage in job.stages:
                 self.claim(stage.name, {**stage.identity, "count": job.count})
         mine = [(job, *part) for job in jobs for part in shard_ranges(job.count, self.size) if self._is_mine(part[0])]
-        total, done = sum(last - first for _, _, first, last in mine), 0
-        for job, number, first, last in mine:
-            lacking = [stage for stage in job.stages if not is_complete(self._file(stage.name, number))]
-            if lacking:
-                part = job.part(first, last)
-                for stage in lacking:
-                    self.save(stage.name, number, stage.compute(part))
+        lacking = [
+            [stage for stage in job.stages if not is_complete(self._file(stage.name, number))] for job, number, _, _ in mine
+        ]
+        sizes = [last - first for _, _, first, last in mine]
+        total, done = sum(sizes), sum(size for size, stages in zip(sizes, lacking, strict=True) if not stages)
+        if progress is not None:
+            progress(done, total)
+        for (job, number, first, last), stages in zip(mine, lacking, strict=True):
+            if not stages:
+                continue
+            part = job.part(first, last)
+            for stage in stages:
+                self.save(stage.name, number, stage.compute(part))
             done += last - first
             if progress is not None:
                 progress(done, total)

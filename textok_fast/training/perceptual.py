@@ -18,6 +18,8 @@ from textok_fast.modeling.saving import misfit
 # ``features``; a max-pooling stands between two stages, and a stage's last ReLU is read.
 VGG16_CHANNELS = (64, 128, 256, 512, 512)
 VGG16_CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's, whose name begins the hash
+VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # lpips' ScalingLayer: ImageNet's statistics for [-1, 1]
 _CONVOLUTION = re.compile(r"(?:(?:net\.)?slice\d\.|features\.)?(\d+)\.(weight|bias)")
 _HEAD = re.compile(r"lin(\d)\.model\.\d\.weight")  # behind a Dropout (model.1), or without one (model.0)
