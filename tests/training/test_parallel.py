@@ -450,7 +450,8 @@ def test_fp8_is_of_the_blocks_products_and_leaves_the_weights_names(
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > "$WORK/requeued"; fi',
     "srun": 'shift; exec "$@"',
-    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
+    # It waits, or what it makes would have the time of the script's start: a file system's clock ticks every 10 ms or so.
+    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; sleep 0.1; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
 }
 
 
