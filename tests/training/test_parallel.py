@@ -451,7 +451,7 @@ FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > "$WORK/requeued"; fi',
     "srun": 'shift; exec "$@"',
     # It waits, or what it makes would have the time of the script's start: a file system's clock ticks every 10 ms or so.
-    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; sleep 0.1; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
+    "torchrun": 'printf "%s\\n" "$@" > "$WORK/arguments"; sleep .1; [ -z "$MAKES" ] || mkdir -p "$WORK/$MAKES"; exit "$STATUS"',
 }
 
 
